@@ -1,0 +1,78 @@
+"""Validation of concrete arguments: every message starts with the argument's name."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+
+def is_concrete(value: Any) -> bool:
+    """Whether every leaf of `value` is known now, that is, not traced and not abstract."""
+    return all(
+        not isinstance(leaf, jax.core.Tracer | jax.ShapeDtypeStruct)
+        for leaf in jax.tree.leaves(value)
+    )
+
+
+def float_dtype(*values: Any) -> jnp.dtype:
+    """The common floating dtype of `values`, at least float32."""
+    return jnp.promote_types(jnp.result_type(*values, jnp.float32), jnp.float32)
+
+
+def as_float(name: str, value: ArrayLike) -> jax.Array:
+    """`value` as a floating array; integers take JAX's default float dtype."""
+    array = jnp.asarray(value)
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
+        return array.astype(jnp.result_type(float))
+    raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+
+
+def as_index(name: str, value: ArrayLike) -> jax.Array:
+    """`value` as an int32 vector of node indices."""
+    if is_concrete(value):
+        host = np.asarray(value)
+        if host.size == 0:
+            host = host.astype(np.int32)
+        if host.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be integers (node indices), got dtype {host.dtype}")
+        if host.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional [E], got shape {host.shape}")
+        if host.size and (host.min() < 0 or host.max() > np.iinfo(np.int32).max):
+            bad = int(np.flatnonzero((host < 0) | (host > np.iinfo(np.int32).max))[0])
+            raise ValueError(
+                f"{name}[{bad}] = {host[bad]} is not a node index: it must be 0 or above"
+            )
+        return jnp.asarray(host, dtype=jnp.int32)
+    return jnp.asarray(value).astype(jnp.int32)
+
+
+def check_finite(name: str, value: ArrayLike, *, low: float | None = None) -> None:
+    """Raise unless every concrete entry is finite and, where given, at least `low`."""
+    if not is_concrete(value):
+        return
+    host = np.asarray(value)
+    bad = ~np.isfinite(host)
+    reason = "finite"
+    if low is not None:
+        bad |= host < low
+        reason = f"finite and at least {low:g}"
+    if bad.any():
+        where = tuple(int(k) for k in np.argwhere(bad)[0])
+        index = "[" + ", ".join(map(str, where)) + "]" if where else ""
+        raise ValueError(f"{name}{index} = {host[where]} must be {reason}")
+
+
+def check_fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0) -> None:
+    """Raise unless a concrete scalar lies in [low, high]."""
+    if is_concrete(value) and not low <= float(value) <= high:
+        raise ValueError(f"{name} = {value} must lie in [{low:g}, {high:g}]")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise unless a concrete scalar is finite and above zero."""
+    if is_concrete(value) and not (np.isfinite(float(value)) and float(value) > 0):
+        raise ValueError(f"{name} = {value} must be positive and finite")

@@ -1,0 +1,258 @@
+r"""The allocator: a fractional knapsack over many budgets, as a jittable kernel.
+
+Terms k start at their lower weights and are raised where a unit of budget buys the most:
+
+$$ \max_w \sum_k v_k w_k \quad\text{s.t.}\quad l \le w \le u,\quad
+   \sum_{k} C_{kr}\,(w_k - l_k) \le b_r \;\;\forall r,\quad \sum_k c_k (w_k - l_k) \le b . $$
+
+With one budget, filling by $v_k / c_k$ is optimal (Dantzig, *Discrete-Variable Extremum Problems*,
+1957). With one budget per row it is a heuristic whose every round is feasible: terms claim what is
+left of their rows in order of score, and what a claim could not use is offered again.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from smallgain_jax._checks import float_dtype, is_concrete
+
+
+class Allocation(NamedTuple):
+    """What `allocate` decided. K terms, R rows."""
+
+    weights: jax.Array  # [K]    between lower and upper
+    spent_rows: jax.Array  # [R] budget used on each row
+    spent_global: jax.Array  # [] budget used in all, a term's cost being its dearest row's
+
+
+def allocate(
+    value: ArrayLike,
+    cost: ArrayLike,
+    rows: ArrayLike,
+    lower: ArrayLike,
+    upper: ArrayLike,
+    row_budget: ArrayLike,
+    global_budget: ArrayLike = np.inf,
+    policy: str = "greedy",
+    rounds: int = 8,
+    repricings: int = 3,
+) -> Allocation:
+    r"""Raise weights from `lower` towards `upper` where a unit of budget buys the most.
+
+    Each of `rounds` passes ranks terms by value over cost, adds up the claims of every row in that
+    order (a segmented cumulative sum), cuts each claim at its rows' budgets, and hands what is
+    left to the next pass. Terms without value stay at `lower`; terms without cost go to `upper`.
+
+    Args:
+      value: utility of a unit of weight, float [K]; negative or non-finite counts as none.
+      cost: price of a unit of weight on each row touched, float [K, m], non-negative.
+      rows: which rows, int [K, m], in 0..R-1; m = 2 for an edge.
+      lower, upper: bounds of each weight, float [K], lower <= upper.
+      row_budget: b_r, float [R], in units of cost times weight; negative counts as 0, inf as none.
+      global_budget: b, float scalar; a term's price is its dearest row's.
+      policy: "greedy" (linear utility).
+      rounds: passes, static int >= 1. On random graphs one reaches 95 to 99 % of the linear
+        program's optimum, eight above 99 % (`bench`).
+
+    Returns:
+      `Allocation(weights [K], spent_rows [R], spent_global [])`, at least float32. No budget is
+      exceeded by more than the rounding of a sum in that dtype.
+
+    Raises:
+      ValueError: an unknown policy, rounds < 1, shapes that do not fit, or (concrete arguments)
+        lower > upper, a negative or non-finite cost, a row outside 0..R-1.
+
+    >>> spend = allocate(
+    ...     value=[3.0, 2.0], cost=[[1.0], [1.0]], rows=[[0], [0]],
+    ...     lower=[0.0, 0.0], upper=[1.0, 1.0], row_budget=[1.5],
+    ... )
+    >>> spend.weights.tolist(), spend.spent_rows.tolist()
+    ([1.0, 0.5], [1.5])
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r} is unknown: choose from {', '.join(POLICIES)}")
+    if rounds < 1:
+        raise ValueError(f"rounds = {rounds} must be at least 1")
+    unlimited = is_concrete(global_budget) and np.ndim(global_budget) == 0
+    unlimited = unlimited and np.isposinf(float(global_budget))
+    dtype = float_dtype(value, cost, lower, upper, row_budget)
+    value, cost, lower, upper, row_budget, global_budget = (
+        jnp.asarray(array, dtype)
+        for array in (value, cost, lower, upper, row_budget, global_budget)
+    )
+    rows = jnp.asarray(rows)
+    _check(value, cost, rows, lower, upper, row_budget, global_budget)
+    budget = jnp.maximum(row_budget, 0)
+    paid, paid_rows = cost, rows
+    if not unlimited:
+        # the global budget is one more row, which every term touches at its dearest cost
+        paid = jnp.concatenate([cost, _dearest(cost)[:, None]], axis=1)
+        last = jnp.full((*value.shape, 1), budget.shape[0], rows.dtype)
+        paid_rows = jnp.concatenate([rows, last], axis=1)
+        budget = jnp.append(budget, jnp.maximum(global_budget, 0))
+    worth = jnp.where((value > 0) & jnp.isfinite(value), value, 0)
+    room = jnp.where(worth > 0, upper - lower, 0)
+    problem = _Knapsack(worth, paid, paid_rows, room, budget)
+    taken = POLICIES[policy](problem, rounds, repricings) if value.size else room
+    weights = jnp.clip(lower + taken, lower, upper)
+    spent_rows = _scatter(cost * (weights - lower)[:, None], rows, row_budget.shape[0])
+    return Allocation(weights, spent_rows, jnp.sum(_dearest(cost) * (weights - lower)))
+
+
+def _scatter(pairs: jax.Array, rows: jax.Array, num_rows: int) -> jax.Array:
+    return jnp.zeros(num_rows, pairs.dtype).at[rows].add(pairs)
+
+
+def _dearest(cost: jax.Array) -> jax.Array:
+    return jnp.max(cost, axis=1, initial=0.0)
+
+
+class _Knapsack(NamedTuple):
+    """The problem in terms of raises t = w - lower: max value.t, 0 <= t <= room, budgets."""
+
+    value: jax.Array  # [K]
+    cost: jax.Array  # [K, m]
+    rows: jax.Array  # [K, m]
+    room: jax.Array  # [K]
+    budget: jax.Array  # [R]
+
+    def load(self, taken: jax.Array) -> jax.Array:
+        return _scatter(self.cost * taken[:, None], self.rows, self.budget.shape[0])
+
+
+def _greedy(problem: _Knapsack, rounds: int, repricings: int) -> jax.Array:
+    """The best of `1 + repricings` greedy fillings, each ordered by the prices the last one left."""
+    value, cost, rows, _, budget = problem
+
+    def order_and_fill(carry: tuple[jax.Array, ...], _: None) -> tuple[tuple[jax.Array, ...], None]:
+        prices, best, best_value = carry
+        taken = _fill(problem, jnp.sum(cost * prices[rows], axis=1), rounds)
+        total = jnp.vdot(value, taken)
+        better = total > best_value
+        best = jnp.where(better, taken, best)
+        prices = 0.7 * prices + 0.3 * _supporting_prices(problem, prices, taken)
+        # a row with slack still has its say between terms of equal score
+        prices = jnp.maximum(prices, 1e-6 * jnp.max(prices))
+        return (prices, best, jnp.maximum(total, best_value)), None
+
+    dearest = jnp.sum(cost, axis=1)
+    typical = jnp.sum(value) / jnp.maximum(jnp.sum(dearest), jnp.finfo(value.dtype).tiny)
+    prices = jnp.full_like(budget, jnp.where(typical > 0, typical, 1))
+    start = (prices, jnp.zeros_like(value), jnp.full((), -jnp.inf, value.dtype))
+    (_, best, _), _ = jax.lax.scan(order_and_fill, start, length=1 + repricings)
+    return best
+
+
+def _fill(problem: _Knapsack, charge: jax.Array, rounds: int) -> jax.Array:
+    """Serve the terms by value over charge; every round hands on what claims left unused."""
+    value, cost, rows, room, budget = problem
+    width = cost.shape[1]
+    score = jnp.where(charge > 0, value / jnp.where(charge > 0, charge, 1), jnp.inf)
+    order = jnp.argsort(-score, stable=True)
+
+    # entries (term, row), by row and then by score: one layout for all rounds
+    entry_rows = rows[order].reshape(-1)
+    by_row = jnp.argsort(entry_rows, stable=True)
+    entry_rows = entry_rows[by_row]
+    entry_terms, slot = order[by_row // width], by_row % width
+    entry_cost = cost[entry_terms, slot]
+    starts = jnp.concatenate([jnp.ones(1, bool), entry_rows[1:] != entry_rows[:-1]])
+
+    def one_round(taken: jax.Array, _: None) -> tuple[jax.Array, None]:
+        left = jnp.maximum(budget - problem.load(taken), 0)
+        # no claim on what another row of the term cannot give: it would only block the others
+        reach = jnp.where(cost > 0, left[rows] / jnp.where(cost > 0, cost, 1), jnp.inf)
+        want = jnp.minimum(room - taken, jnp.min(reach, axis=1))
+        claim = entry_cost * want[entry_terms]
+        share = _affordable(claim, _segmented_exclusive_sum(claim, starts), left[entry_rows])
+        share = jnp.ones_like(cost).at[entry_terms, slot].set(share)
+        return taken + jnp.min(share, axis=1) * want, None
+
+    taken, _ = jax.lax.scan(one_round, jnp.zeros_like(room), length=rounds)
+    return taken
+
+
+def _supporting_prices(problem: _Knapsack, prices: jax.Array, taken: jax.Array) -> jax.Array:
+    """Price of each row that would explain `taken`: between its dearest loser and cheapest winner.
+
+    Complementary slackness of the linear program, row by row: rows with slack are free.
+    """
+    value, cost, rows, room, budget = problem
+    own = cost * prices[rows]
+    others = jnp.sum(own, axis=1, keepdims=True) - own
+    paid = cost > 0
+    bid = (value[:, None] - others) / jnp.where(paid, cost, 1)
+    served = (taken > 1e-6 * room)[:, None] & paid
+    waiting = (taken < (1 - 1e-6) * room)[:, None] & paid
+    lowest = jnp.full_like(budget, jnp.inf).at[rows].min(jnp.where(served, bid, jnp.inf))
+    highest = jnp.zeros_like(budget).at[rows].max(jnp.where(waiting, bid, 0))
+    lowest = jnp.where(jnp.isfinite(lowest), jnp.maximum(lowest, 0), highest)
+    full = problem.load(taken) >= (1 - 1e-5) * budget
+    return jnp.where(full, (lowest + highest) / 2, 0)
+
+
+def _affordable(claim: jax.Array, before: jax.Array, budget: jax.Array) -> jax.Array:
+    """Fraction of each claim that a budget still covers once `before` has been served."""
+    fits = (before + claim <= budget) | (claim <= 0)
+    part = jnp.maximum(budget - before, 0) / jnp.where(fits, 1, claim)
+    return jnp.where(fits, 1, part)
+
+
+def _segmented_exclusive_sum(x: jax.Array, starts: jax.Array) -> jax.Array:
+    """Sum of the earlier entries of the same segment; segments begin where `starts`.
+
+    Differences of one global cumulative sum would lose three digits in float32.
+    """
+
+    def combine(
+        left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        return left[0] | right[0], jnp.where(right[0], right[1], left[1] + right[1])
+
+    shifted = jnp.where(starts, 0, jnp.concatenate([jnp.zeros(1, x.dtype), x[:-1]]))
+    return jax.lax.associative_scan(combine, (starts, shifted))[1]
+
+
+POLICIES: dict[str, Callable[..., jax.Array]] = {"greedy": _greedy}
+"""Allocation rules by name: `(problem, rounds, repricings) -> raises [K]`."""
+
+
+def _check(
+    value: jax.Array,
+    cost: jax.Array,
+    rows: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    row_budget: jax.Array,
+    global_budget: jax.Array,
+) -> None:
+    if value.ndim != 1:
+        raise ValueError(f"value must have shape [K], got {value.shape}")
+    for name, array in (("lower", lower), ("upper", upper)):
+        if array.shape != value.shape:
+            raise ValueError(f"{name} has shape {array.shape}, expected {value.shape}")
+    if cost.ndim != 2 or cost.shape[0] != value.shape[0]:
+        raise ValueError(f"cost has shape {cost.shape}, expected [{value.shape[0]}, m]")
+    if rows.shape != cost.shape or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"rows must be int {cost.shape}, got {rows.dtype} {rows.shape}")
+    if row_budget.ndim != 1:
+        raise ValueError(f"row_budget must have shape [R], got {row_budget.shape}")
+    if global_budget.ndim != 0:
+        raise ValueError(f"global_budget must be a scalar, got shape {global_budget.shape}")
+    if is_concrete((lower, upper)) and not bool(jnp.all(lower <= upper)):
+        k = int(jnp.argmin(lower <= upper))
+        raise ValueError(f"lower[{k}] = {lower[k]} exceeds upper[{k}] = {upper[k]}")
+    if is_concrete(cost) and not bool(jnp.all((cost >= 0) & jnp.isfinite(cost))):
+        raise ValueError("cost must be finite and non-negative")
+    if is_concrete((row_budget, global_budget)) and bool(
+        jnp.any(jnp.isnan(row_budget)) | jnp.isnan(global_budget)
+    ):
+        raise ValueError("row_budget and global_budget must not be NaN")
+    if is_concrete(rows) and rows.size:
+        low, high = int(jnp.min(rows)), int(jnp.max(rows))
+        if low < 0 or high >= row_budget.shape[0]:
+            raise ValueError(f"rows must lie in 0..{row_budget.shape[0] - 1}, got {low}..{high}")

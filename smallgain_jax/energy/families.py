@@ -1,0 +1,330 @@
+r"""Families of edges: terms $w_k e_k(x_i, x_j)$ that couple two nodes.
+
+A family holds many edges of one kind as arrays over its edges [E], and describes one edge by a pure
+function of its two node states. Gradients and Hessian blocks follow by autodiff under `vmap`.
+On vector nodes [n, d] the built-in families act on each coordinate and sum.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from smallgain_jax._checks import as_float, as_index, check_finite, is_concrete
+from smallgain_jax.curvature import Activity
+
+
+class EdgeFamily(eqx.Module):
+    """Edges of one kind. Subclasses add parameters [E] and say what one edge costs.
+
+    Args:
+      i, j: ends of each edge, int [E], i != j.
+      weight: the user's own weight of each edge, float [E] or scalar, finite and non-negative.
+    """
+
+    i: eqx.AbstractVar[jax.Array]
+    j: eqx.AbstractVar[jax.Array]
+    weight: eqx.AbstractVar[jax.Array]
+
+    @abc.abstractmethod
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        """Energy of one edge at unit weight; `self` holds that edge's parameters as scalars."""
+
+    def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array | None:
+        """A hinge's gap, active where positive; None for families without a hinge."""
+        return None
+
+    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
+        """What is differentiated twice to price an edge: hinges count by their activity."""
+        return self.pair_energy(x_i, x_j)
+
+    @property
+    def num_edges(self) -> int:
+        return self.i.shape[0]
+
+    @property
+    def key(self) -> str:
+        """Name of the family in tables and telemetry."""
+        return type(self).__name__
+
+
+def _edges(i: ArrayLike, j: ArrayLike, weight: ArrayLike) -> tuple[jax.Array, ...]:
+    i, j = as_index("i", i), as_index("j", j)
+    if i.shape != j.shape:
+        raise ValueError(f"i and j must have the same shape, got {i.shape} and {j.shape}")
+    if is_concrete((i, j)):
+        loops = np.flatnonzero(np.asarray(i) == np.asarray(j))
+        if loops.size:
+            k = int(loops[0])
+            raise ValueError(f"i[{k}] = j[{k}] = {int(i[k])}: an edge must join two distinct nodes")
+    weight = _per_edge("weight", weight, i.shape, low=0.0)
+    return i, j, weight
+
+
+def _per_edge(
+    name: str, value: ArrayLike, shape: tuple[int, ...], *, low: float | None = None
+) -> jax.Array:
+    array = as_float(name, value)
+    if array.shape not in ((), shape):
+        raise ValueError(f"{name} has shape {array.shape}, expected () or {shape}, one per edge")
+    array = jnp.broadcast_to(array, shape)
+    check_finite(name, array, low=low)
+    return array
+
+
+def _relu_squared(gap: jax.Array) -> jax.Array:
+    # `where` rather than `maximum`: its second derivative at gap = 0 is 0, not a half
+    return jnp.sum(jnp.where(gap > 0, gap, 0) ** 2)
+
+
+def _activity_squared(gap: jax.Array, activity: Activity) -> jax.Array:
+    return jnp.sum(activity(jax.lax.stop_gradient(gap)) * gap**2)
+
+
+class Quadratic(EdgeFamily):
+    """Springs: w |x_i - x_j|^2. Each of its two rows pays 4 w.
+
+    >>> edge = Quadratic(i=[0], j=[1], weight=0.5)
+    >>> edge.num_edges, edge.key
+    (1, 'Quadratic')
+    """
+
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+
+    def __init__(self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0) -> None:
+        self.i, self.j, self.weight = _edges(i, j, weight)
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return jnp.sum((x_i - x_j) ** 2)
+
+
+class DirectedHinge(EdgeFamily):
+    """Order: w max(0, x_j - x_i)^2 costs whenever node j stands above node i.
+
+    >>> DirectedHinge(i=[0], j=[1]).weight.tolist()
+    [1.0]
+    """
+
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+
+    def __init__(self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0) -> None:
+        self.i, self.j, self.weight = _edges(i, j, weight)
+
+    def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return x_j - x_i
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return _relu_squared(self.gap(x_i, x_j))
+
+    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
+        return _activity_squared(self.gap(x_i, x_j), activity)
+
+
+class AsymmetricHinge(EdgeFamily):
+    """Scaled order: w max(0, beta_j x_j - alpha_i x_i)^2.
+
+    Args:
+      alpha_i, beta_j: gains on the two ends, float [E] or scalar.
+
+    >>> AsymmetricHinge([0], [1], weight=2.0, alpha_i=1.0, beta_j=0.5).beta_j.tolist()
+    [0.5]
+    """
+
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+    alpha_i: jax.Array
+    beta_j: jax.Array
+
+    def __init__(
+        self,
+        i: ArrayLike,
+        j: ArrayLike,
+        weight: ArrayLike = 1.0,
+        alpha_i: ArrayLike = 1.0,
+        beta_j: ArrayLike = 1.0,
+    ) -> None:
+        self.i, self.j, self.weight = _edges(i, j, weight)
+        self.alpha_i = _per_edge("alpha_i", alpha_i, self.i.shape)
+        self.beta_j = _per_edge("beta_j", beta_j, self.i.shape)
+
+    def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return self.beta_j * x_j - self.alpha_i * x_i
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return _relu_squared(self.gap(x_i, x_j))
+
+    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
+        return _activity_squared(self.gap(x_i, x_j), activity)
+
+
+class GateBenefit(EdgeFamily):
+    """Reward for opening gate i by the benefit delta its partner sees: -w x_i delta.
+
+    Linear in x, so it costs no curvature; only the bound on one step's change limits its weight.
+
+    Args:
+      delta: benefit of the open gate, float [E] or scalar, of either sign.
+
+    >>> GateBenefit([1], [0], weight=0.8, delta=0.08).key
+    'GateBenefit'
+    """
+
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+    delta: jax.Array
+
+    def __init__(
+        self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0, delta: ArrayLike = 0.0
+    ) -> None:
+        self.i, self.j, self.weight = _edges(i, j, weight)
+        self.delta = _per_edge("delta", delta, self.i.shape)
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return -jnp.sum(x_i) * self.delta
+
+
+@jax.custom_jvp
+def _power(base: jax.Array, exponent: jax.Array) -> jax.Array:
+    """`base ** exponent` for base >= 0, with finite derivatives of every order at 0."""
+    tiny = jnp.finfo(base.dtype).tiny ** 0.25
+    # a negative exponent only arises in a derivative: clamping the base keeps it finite
+    return jnp.where(exponent < 0, jnp.maximum(base, tiny), jnp.maximum(base, 0)) ** exponent
+
+
+@_power.defjvp
+def _power_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    base, exponent = primals
+    value = _power(base, exponent)
+    by_base = jnp.where(exponent == 0, 0, exponent * _power(base, exponent - 1))
+    by_exponent = jnp.where(value > 0, value * jnp.log(jnp.where(base > 0, base, 1)), 0)
+    return value, by_base * tangents[0] + by_exponent * tangents[1]
+
+
+class DampedGateBenefit(EdgeFamily):
+    r"""Gate benefit with diminishing effect: $-w\, \mathrm{damping}\, s\, x_i^p\, \delta$.
+
+    The scale s is `positive_scale` where delta >= 0, else `negative_scale`; p is `eta_power`. The
+    state counts as 0 below 0. For 1 < p < 2 the curvature is unbounded at x_i = 0; it is
+    evaluated at a small positive state there, finite and huge.
+
+    Args:
+      delta: benefit, float [E] or scalar.
+      damping: float [E] or scalar.
+      eta_power: p >= 1, float [E] or scalar.
+      positive_scale, negative_scale: float [E] or scalar.
+
+    >>> gate = DampedGateBenefit([0], [1], delta=0.1, damping=0.5, eta_power=2.0)
+    >>> gate.positive_scale.tolist()
+    [1.0]
+    """
+
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+    delta: jax.Array
+    damping: jax.Array
+    eta_power: jax.Array
+    positive_scale: jax.Array
+    negative_scale: jax.Array
+
+    def __init__(
+        self,
+        i: ArrayLike,
+        j: ArrayLike,
+        weight: ArrayLike = 1.0,
+        delta: ArrayLike = 0.0,
+        damping: ArrayLike = 1.0,
+        eta_power: ArrayLike = 1.0,
+        positive_scale: ArrayLike = 1.0,
+        negative_scale: ArrayLike = 1.0,
+    ) -> None:
+        self.i, self.j, self.weight = _edges(i, j, weight)
+        shape = self.i.shape
+        self.delta = _per_edge("delta", delta, shape)
+        self.damping = _per_edge("damping", damping, shape)
+        self.eta_power = _per_edge("eta_power", eta_power, shape, low=1.0)
+        self.positive_scale = _per_edge("positive_scale", positive_scale, shape)
+        self.negative_scale = _per_edge("negative_scale", negative_scale, shape)
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        scale = jnp.where(self.delta >= 0, self.positive_scale, self.negative_scale)
+        opened = jnp.sum(_power(x_i, jnp.broadcast_to(self.eta_power, x_i.shape)))
+        return -opened * self.damping * scale * self.delta
+
+
+class PairTerm(EdgeFamily):
+    """Edges of any pure function of two node states.
+
+    Args:
+      fn: `fn(x_i, x_j)` or, with `params`, `fn(x_i, x_j, p)`, giving a scalar; node states are
+        scalars or vectors [d]. Twice differentiable wherever curvature is asked for.
+      i, j: ends of each edge, int [E].
+      weight: float [E] or scalar, non-negative.
+      params: pytree of arrays with a leading axis E; `p` above is one edge's slice.
+
+    Raises:
+      TypeError: `fn` is not callable.
+      ValueError: as for every family; or a leaf of `params` without the leading axis E.
+
+    >>> term = PairTerm(lambda a, b: jnp.cosh(a - b) - 1, i=[0], j=[1], weight=2.0)
+    >>> term.num_edges
+    1
+    """
+
+    fn: Callable[..., jax.Array] = eqx.field(static=True)
+    i: jax.Array
+    j: jax.Array
+    weight: jax.Array
+    params: Any
+
+    def __init__(
+        self,
+        fn: Callable[..., jax.Array],
+        i: ArrayLike,
+        j: ArrayLike,
+        weight: ArrayLike = 1.0,
+        params: Any = None,
+    ) -> None:
+        if not callable(fn):
+            raise TypeError(f"fn must be callable as fn(x_i, x_j), got {type(fn).__name__}")
+        self.fn = fn
+        self.i, self.j, self.weight = _edges(i, j, weight)
+        self.params = jax.tree.map(jnp.asarray, params)
+        for leaf in jax.tree.leaves(self.params):
+            if leaf.shape[:1] != self.i.shape:
+                raise ValueError(
+                    f"params has a leaf of shape {leaf.shape}: "
+                    f"its leading axis must be {self.num_edges}, one per edge"
+                )
+
+    def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        if self.params is None:
+            return self.fn(x_i, x_j)
+        return self.fn(x_i, x_j, self.params)
+
+    @property
+    def key(self) -> str:
+        return getattr(self.fn, "__name__", type(self).__name__).replace("<lambda>", "PairTerm")
+
+
+FAMILIES: dict[str, type[EdgeFamily]] = {
+    "quadratic": Quadratic,
+    "directed_hinge": DirectedHinge,
+    "asymmetric_hinge": AsymmetricHinge,
+    "gate_benefit": GateBenefit,
+    "damped_gate_benefit": DampedGateBenefit,
+}
+"""The built-in families by the name that edge tables use."""

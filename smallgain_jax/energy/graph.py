@@ -1,0 +1,285 @@
+"""Energy graphs: nodes with local energies, edges with couplings."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from smallgain_jax._checks import is_concrete
+from smallgain_jax.curvature import (
+    Activity,
+    AlwaysActive,
+    Curvature,
+    Sigmoid,
+    block_curvature,
+    scatter_pairs,
+)
+from smallgain_jax.energy.families import EdgeFamily
+from smallgain_jax.energy.local import LocalEnergy
+
+
+class EnergyGraph(eqx.Module):
+    r"""The objective $F(x; w) = \sum_l f_l(x) + \sum_k w_k e_k(x_{i_k}, x_{j_k})$ of a graph.
+
+    A pytree: every array in it is data, so graphs pass through `jit`, `vmap` and `grad`. The state
+    x is [n] (scalar nodes) or [n, d] (vector nodes). $e_k$ includes the edge's own weight; the
+    `weights` of the methods multiply it, and `weights=None` is the reference objective, all ones.
+    Terms are ordered as the families are given, edges within a family as they stand in it.
+
+    Args:
+      local: a local energy (`Landau`, a penalty, or anything with its two methods), a sequence of
+        them, which are summed, or None.
+      edges: a family of edges or a sequence of families.
+      num_nodes: n; only needed when no local energy tells it.
+
+    Raises:
+      ValueError: n unknown, or an edge that ends outside 0..n-1.
+      TypeError: something that is not a local energy or not a family.
+
+    >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
+    >>> graph.energy(jnp.array([1.0, 0.0])).item()
+    1.5
+    """
+
+    local: tuple[LocalEnergy, ...]
+    edges: tuple[EdgeFamily, ...]
+    num_nodes: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        local: LocalEnergy | Sequence[LocalEnergy] | None,
+        edges: EdgeFamily | Sequence[EdgeFamily] = (),
+        *,
+        num_nodes: int | None = None,
+    ) -> None:
+        self.local = _as_tuple(local)
+        self.edges = _as_tuple(edges)
+        for energy in self.local:
+            if not isinstance(energy, LocalEnergy):
+                raise TypeError(
+                    f"local must be callable and have majorizer_diagonal, got {type(energy).__name__}"
+                )
+        for family in self.edges:
+            if not isinstance(family, EdgeFamily):
+                raise TypeError(
+                    f"edges must be edge families such as Quadratic, got {type(family).__name__}"
+                )
+        self.num_nodes = _common_num_nodes(self.local, num_nodes)
+        for family in self.edges:
+            _check_ends(family, self.num_nodes)
+
+    @property
+    def num_edges(self) -> int:
+        """Number of terms E."""
+        return sum(family.num_edges for family in self.edges)
+
+    @property
+    def i(self) -> jax.Array:
+        """First end of every term, int32 [E]."""
+        return self._concatenate([family.i for family in self.edges], (0,), jnp.int32)
+
+    @property
+    def j(self) -> jax.Array:
+        """Second end of every term, int32 [E]."""
+        return self._concatenate([family.j for family in self.edges], (0,), jnp.int32)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Name of each family; a second family of the same kind is called `Quadratic:2`."""
+        names: list[str] = []
+        for family in self.edges:
+            seen = sum(name.split(":")[0] == family.key for name in names)
+            names.append(family.key if not seen else f"{family.key}:{seen + 1}")
+        return tuple(names)
+
+    @property
+    def family_index(self) -> np.ndarray:
+        """Position in `edges` of every term's family, int32 [E]."""
+        sizes = [family.num_edges for family in self.edges]
+        return np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
+
+    def local_energy(self, x: jax.Array) -> jax.Array:
+        """Sum of the local energies, a scalar."""
+        self._check_state(x)
+        return sum((energy(x) for energy in self.local), start=jnp.zeros((), self._dtype(x)))
+
+    def term_energies(self, x: jax.Array) -> jax.Array:
+        """Energy of each term at the reference weights, [E]."""
+        self._check_state(x)
+        return self._per_term(lambda f, x_i, x_j: f.pair_energy(x_i, x_j), x, ())
+
+    def energy(self, x: jax.Array, weights: ArrayLike | None = None) -> jax.Array:
+        """F(x; w), a scalar.
+
+        Args:
+          x: state [n] or [n, d].
+          weights: w [E]; None is the reference objective.
+        """
+        terms = self.term_energies(x)
+        if weights is not None:
+            terms = self._weights(weights, x) * terms
+        return self.local_energy(x) + jnp.sum(terms)
+
+    def gradient(self, x: jax.Array, weights: ArrayLike | None = None) -> jax.Array:
+        """dF(x; w)/dx, shaped like x."""
+        return jax.grad(self.energy)(x, weights)
+
+    def term_gradients(self, x: jax.Array) -> jax.Array:
+        """Gradient of each term by its two ends at the reference weights, [E, 2] or [E, 2, d]."""
+        self._check_state(x)
+
+        def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+            return jnp.stack(jax.grad(family.pair_energy, argnums=(0, 1))(x_i, x_j))
+
+        return self._per_term(one, x, (2, *x.shape[1:]))
+
+    def scatter(self, pairs: jax.Array) -> jax.Array:
+        """Sum per-edge values [E, 2, ...] onto the nodes, [n, ...]."""
+        return scatter_pairs(pairs, self.i, self.j, self.num_nodes)
+
+    def hinge_activity(self, x: jax.Array, smoothing: Activity | float | None = None) -> jax.Array:
+        """Mean activity of each term's hinge over its coordinates, [E]; 1 where there is none."""
+        self._check_state(x)
+        activity = _as_activity(smoothing)
+        dtype = self._dtype(x)
+
+        def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+            gap = family.gap(x_i, x_j)
+            return jnp.ones((), dtype) if gap is None else jnp.mean(activity(gap))
+
+        return self._map_terms(one, x, ())
+
+    def edge_blocks(self, x: jax.Array, smoothing: Activity | float | None = None) -> jax.Array:
+        """Hessian block of each term, [E, 2, 2] or [E, 2, d, 2, d], hinges by their activity."""
+        self._check_state(x)
+        activity = _as_activity(smoothing)
+
+        def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+            def priced(ends: jax.Array) -> jax.Array:
+                return family.priced_energy(ends[0], ends[1], activity)
+
+            return jax.hessian(priced)(jnp.stack([x_i, x_j]))
+
+        return self._per_term(one, x, (2, *x.shape[1:], 2, *x.shape[1:]))
+
+    def local_rows(self, x: jax.Array) -> jax.Array:
+        """Majorizing rows of the local energies' Hessian, B, shaped like x."""
+        self._check_state(x)
+        zero = jnp.zeros(x.shape, self._dtype(x))
+        return sum((energy.majorizer_diagonal(x) for energy in self.local), start=zero)
+
+    def curvature(
+        self,
+        x: jax.Array,
+        weights: ArrayLike | None = None,
+        smoothing: Activity | float | None = None,
+        scaling_iterations: int = 0,
+        scaling: jax.Array | None = None,
+    ) -> Curvature:
+        r"""Row bounds $R_r(w) = B_r + \sum_k w_k C_{kr}$ of the Hessian at x, and each term's cost.
+
+        Per-edge Hessian blocks come from `jax.hessian` under `vmap`.
+
+        Args:
+          x: state [n] or [n, d].
+          weights: w [E], non-negative; None is the reference objective.
+          smoothing: how hinges are priced: None as active, under which `lipschitz` is a guaranteed
+            bound at x; a float eps by the sigmoid of gap/eps; or an activity (`Sigmoid`, `Ramp`).
+          scaling_iterations: power iterations on |H| (static int); each is a certified, tighter
+            bound (Varga 2004; Collatz-Wielandt).
+          scaling: positive vector to start them from, shaped like x.
+
+        Returns:
+          `Curvature(row_sums [n], local_rows [n], edge_cost [E, 2], lipschitz, scaling [n])`.
+
+        >>> graph = EnergyGraph(Landau(a=jnp.zeros(2)), [Quadratic([0], [1], 0.5)])
+        >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
+        [[2.0, 2.0]]
+        """
+        return block_curvature(
+            self.local_rows(x),
+            self.edge_blocks(x, smoothing),
+            self._weights(weights, x),
+            self.i,
+            self.j,
+            scaling_iterations=scaling_iterations,
+            scaling=scaling,
+        )
+
+    def _weights(self, weights: ArrayLike | None, x: jax.Array) -> jax.Array:
+        if weights is None:
+            return jnp.ones(self.num_edges, self._dtype(x))
+        array = jnp.asarray(weights)
+        if array.shape != (self.num_edges,):
+            raise ValueError(f"weights has shape {array.shape}, expected ({self.num_edges},)")
+        return array
+
+    def _dtype(self, x: jax.Array) -> jnp.dtype:
+        return jnp.result_type(x, jnp.float32)
+
+    def _check_state(self, x: jax.Array) -> None:
+        if x.ndim not in (1, 2) or x.shape[0] != self.num_nodes:
+            raise ValueError(
+                f"x has shape {x.shape}, expected [{self.num_nodes}] or [{self.num_nodes}, d]"
+            )
+
+    def _per_term(
+        self, fn: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]
+    ) -> jax.Array:
+        """`weight * fn(edge, x_i, x_j)` for every term, [E, *shape]."""
+
+        def weighted(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+            return family.weight * fn(family, x_i, x_j)
+
+        return self._map_terms(weighted, x, shape)
+
+    def _map_terms(
+        self, fn: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]
+    ) -> jax.Array:
+        """`fn(edge, x_i, x_j)` of one edge mapped over every term, [E, *shape]."""
+        parts = [jax.vmap(fn)(family, x[family.i], x[family.j]) for family in self.edges]
+        return self._concatenate(parts, (0, *shape), self._dtype(x))
+
+    @staticmethod
+    def _concatenate(parts: list[jax.Array], empty: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _as_activity(smoothing: Activity | float | None) -> Activity:
+    if smoothing is None:
+        return AlwaysActive()
+    return smoothing if callable(smoothing) else Sigmoid(smoothing)
+
+
+def _common_num_nodes(local: tuple[Any, ...], num_nodes: int | None) -> int:
+    sizes = {energy.num_nodes for energy in local if hasattr(energy, "num_nodes")}
+    if num_nodes is not None:
+        sizes.add(int(num_nodes))
+    if not sizes:
+        raise ValueError("num_nodes must be given when no local energy tells the number of nodes")
+    if len(sizes) > 1:
+        raise ValueError(f"num_nodes and the local energies disagree: {sorted(sizes)}")
+    return sizes.pop()
+
+
+def _check_ends(family: EdgeFamily, num_nodes: int) -> None:
+    for name, ends in (("i", family.i), ("j", family.j)):
+        if not is_concrete(ends):
+            continue
+        outside = np.flatnonzero(np.asarray(ends) >= num_nodes)
+        if outside.size:
+            k = int(outside[0])
+            raise ValueError(
+                f"{name}[{k}] = {int(ends[k])} of {family.key} is outside the graph: "
+                f"nodes are 0..{num_nodes - 1}"
+            )
