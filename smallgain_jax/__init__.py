@@ -1,5 +1,6 @@
 """Stability margins of optimizers as a budget: measured, priced, and spent where it pays."""
 
+from smallgain_jax import presets as presets
 from smallgain_jax.allocate import Allocation as Allocation
 from smallgain_jax.allocate import allocate as allocate
 from smallgain_jax.curvature import AlwaysActive as AlwaysActive
@@ -7,6 +8,8 @@ from smallgain_jax.curvature import Curvature as Curvature
 from smallgain_jax.curvature import Ramp as Ramp
 from smallgain_jax.curvature import Sigmoid as Sigmoid
 from smallgain_jax.curvature import hessian_row_sums as hessian_row_sums
+from smallgain_jax.descent import MajorizedDescentState as MajorizedDescentState
+from smallgain_jax.descent import majorized_descent as majorized_descent
 from smallgain_jax.energy import AsymmetricHinge as AsymmetricHinge
 from smallgain_jax.energy import DampedGateBenefit as DampedGateBenefit
 from smallgain_jax.energy import DirectedHinge as DirectedHinge
@@ -17,3 +20,18 @@ from smallgain_jax.energy import Landau as Landau
 from smallgain_jax.energy import LocalEnergy as LocalEnergy
 from smallgain_jax.energy import PairTerm as PairTerm
 from smallgain_jax.energy import Quadratic as Quadratic
+from smallgain_jax.energy.build import from_edge_list as from_edge_list
+from smallgain_jax.energy.build import from_networkx as from_networkx
+from smallgain_jax.energy.build import from_scipy as from_scipy
+from smallgain_jax.margin import gradient_descent_limit as gradient_descent_limit
+from smallgain_jax.margin import heavy_ball_limit as heavy_ball_limit
+from smallgain_jax.margin import measured_limit as measured_limit
+from smallgain_jax.margin import nesterov_limit as nesterov_limit
+from smallgain_jax.relax import RelaxInfo as RelaxInfo
+from smallgain_jax.relax import RelaxResult as RelaxResult
+from smallgain_jax.relax import relax as relax
+from smallgain_jax.transform import SmallGainInfo as SmallGainInfo
+from smallgain_jax.transform import SmallGainState as SmallGainState
+from smallgain_jax.transform import auto_cap as auto_cap
+from smallgain_jax.transform import gradnorm as gradnorm
+from smallgain_jax.transform import small_gain as small_gain

@@ -47,8 +47,14 @@ def dense() -> Scenario:
     48
     """
     n = 16
-    near, far = np.arange(n), np.arange(n)
-    graph = EnergyGraph(Landau(a=np.full(n, 0.15), b=0.05), [Quadratic(near, (far + 1) % n)])
+    here = np.arange(n)
+    near, far = (here + 1) % n, (here + 2) % n
+    edges = [
+        Quadratic(here, near, 0.6),
+        Quadratic(here, far, 0.3),
+        GateBenefit(near, here, 0.4, delta=0.05),
+    ]
+    graph = EnergyGraph(Landau(a=np.full(n, 0.15), b=0.05), edges)
     x0 = jax.nn.sigmoid(jnp.tile(jnp.linspace(-1.0, -0.2, 5), 4)[:n])
     return Scenario("dense", graph, x0, -0.010650957018330935)
 
@@ -141,7 +147,8 @@ def random_graph(
     if num_nodes < 2:
         raise ValueError(f"num_nodes = {num_nodes} must be at least 2")
     rng = np.random.default_rng(seed)
-    i, j = KINDS[kind](num_nodes, num_edges or 4 * num_nodes, rng)
+    wanted = 4 * num_nodes if num_edges is None else num_edges
+    i, j = KINDS[kind](num_nodes, wanted, rng)
     weight = rng.uniform(0.1, 2.0, i.size)
     family = rng.choice(4, size=i.size, p=[0.4, 0.25, 0.2, 0.15])
     quadratic, hinge, asymmetric, gate = (np.flatnonzero(family == k) for k in range(4))

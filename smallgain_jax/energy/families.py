@@ -16,7 +16,6 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, as_index, check_finite, is_concrete
-from smallgain_jax.curvature import Activity
 
 
 class EdgeFamily(eqx.Module):
@@ -39,8 +38,14 @@ class EdgeFamily(eqx.Module):
         """A hinge's gap, active where positive; None for families without a hinge."""
         return None
 
-    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
-        """What is differentiated twice to price an edge: hinges count by their activity."""
+    def priced_energy(
+        self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
+    ) -> jax.Array:
+        """What is differentiated twice to price an edge: a hinge counts by its activity.
+
+        `activity` is shaped like the gap, a constant under that differentiation; None where the
+        family has no gap.
+        """
         return self.pair_energy(x_i, x_j)
 
     @property
@@ -82,10 +87,6 @@ def _relu_squared(gap: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(gap > 0, gap, 0) ** 2)
 
 
-def _activity_squared(gap: jax.Array, activity: Activity) -> jax.Array:
-    return jnp.sum(activity(jax.lax.stop_gradient(gap)) * gap**2)
-
-
 class Quadratic(EdgeFamily):
     """Springs: w |x_i - x_j|^2. Each of its two rows pays 4 w.
 
@@ -125,8 +126,10 @@ class DirectedHinge(EdgeFamily):
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         return _relu_squared(self.gap(x_i, x_j))
 
-    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
-        return _activity_squared(self.gap(x_i, x_j), activity)
+    def priced_energy(
+        self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
+    ) -> jax.Array:
+        return jnp.sum(activity * self.gap(x_i, x_j) ** 2)
 
 
 class AsymmetricHinge(EdgeFamily):
@@ -163,8 +166,10 @@ class AsymmetricHinge(EdgeFamily):
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         return _relu_squared(self.gap(x_i, x_j))
 
-    def priced_energy(self, x_i: jax.Array, x_j: jax.Array, activity: Activity) -> jax.Array:
-        return _activity_squared(self.gap(x_i, x_j), activity)
+    def priced_energy(
+        self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
+    ) -> jax.Array:
+        return jnp.sum(activity * self.gap(x_i, x_j) ** 2)
 
 
 class GateBenefit(EdgeFamily):

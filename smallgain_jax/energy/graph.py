@@ -159,8 +159,11 @@ class EnergyGraph(eqx.Module):
         activity = _as_activity(smoothing)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+            gap = family.gap(x_i, x_j)
+            active = None if gap is None else activity(gap)
+
             def priced(ends: jax.Array) -> jax.Array:
-                return family.priced_energy(ends[0], ends[1], activity)
+                return family.priced_energy(ends[0], ends[1], active)
 
             return jax.hessian(priced)(jnp.stack([x_i, x_j]))
 

@@ -1,0 +1,10 @@
+"""Sparsity penalties with curvature majorizers."""
+
+from smallgain_jax.penalties.base import Penalty as Penalty
+from smallgain_jax.penalties.entropy import SoftmaxEntropy as SoftmaxEntropy
+from smallgain_jax.penalties.gates import JumpReLU as JumpReLU
+from smallgain_jax.penalties.gates import TopK as TopK
+from smallgain_jax.penalties.gates import jumprelu as jumprelu
+from smallgain_jax.penalties.hoyer import Hoyer as Hoyer
+from smallgain_jax.penalties.separable import LogSparsity as LogSparsity
+from smallgain_jax.penalties.separable import SmoothedL1 as SmoothedL1

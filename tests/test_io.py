@@ -1,0 +1,502 @@
+"""Graph files: round trips against NetworkX and SciPy, and every way a file can be malformed."""
+
+import gc
+import sys
+
+import jax
+import jax.numpy as jnp
+import networkx as nx
+import numpy as np
+import polars as pl
+import pytest
+import scipy.io
+import scipy.sparse
+
+from smallgain_jax.energy import Landau
+from smallgain_jax.energy.build import from_edge_list, from_networkx, from_scipy, term_order
+from smallgain_jax.io import FileFormatError, read_graph, write_atomic, write_state
+
+RECORDS = [
+    {"i": 0, "j": 1, "family": "gate_benefit", "weight": 0.5, "delta": -0.1},
+    {"i": 1, "j": 2, "family": "quadratic", "weight": 1.0},
+    {"i": 4, "j": 3, "family": "asymmetric_hinge", "weight": 2.0, "alpha_i": 0.5},
+    {"i": 3, "j": 0, "family": "gate_benefit", "weight": 0.25, "delta": 0.2},
+    {"i": 2, "j": 3, "family": "damped_gate_benefit", "weight": 1.0, "eta_power": 2.0},
+]
+COLUMNS = ("family", "weight", "alpha_i", "delta", "eta_power")
+
+
+def write_table(path, columns):
+    """A table of lists, None for an empty cell, in the format of the path's suffix."""
+    if path.suffix == ".csv":
+        rows = zip(*columns.values(), strict=True)
+        lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
+        path.write_text("\n".join([",".join(columns), *lines, ""]), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pl.DataFrame(columns).write_parquet(path)
+    else:
+        np.savez(path, **{k: as_array(cells) for k, cells in columns.items()})
+    return path
+
+
+def as_array(cells):
+    text = any(isinstance(cell, str) for cell in cells)
+    return np.array(cells) if text else np.array(cells, float if None in cells else None)
+
+
+def csv_file(path, text):
+    path.write_bytes(text.encode())
+    return path
+
+
+def edge_columns(names=None):
+    ends = {"source": [r["i"] for r in RECORDS], "target": [r["j"] for r in RECORDS]}
+    if names is not None:
+        ends = {column: [names[k] for k in cells] for column, cells in ends.items()}
+    return ends | {name: [r.get(name) for r in RECORDS] for name in COLUMNS}
+
+
+def assert_same(graph, other):
+    assert (graph.num_nodes, graph.keys) == (other.num_nodes, other.keys)
+    assert jax.tree.structure(graph) == jax.tree.structure(other)
+    for one, two in zip(jax.tree.leaves(graph), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.fixture(params=[".csv", ".parquet", ".npz"])
+def suffix(request):
+    return request.param
+
+
+class TestTables:
+    def test_edges_by_number(self, tmp_path, suffix):
+        read = read_graph(write_table(tmp_path / f"edges{suffix}", edge_columns()))
+        assert_same(read.graph, from_edge_list(RECORDS, num_nodes=5))
+        assert read.edges.tolist() == term_order(RECORDS).tolist()
+        assert (read.x0, read.labels) == (None, ("0", "1", "2", "3", "4"))
+
+    def test_names_are_numbered_as_they_appear(self, tmp_path, suffix):
+        names = ["ann", "bob", "eve", "dan", "joe"]
+        read = read_graph(str(write_table(tmp_path / f"edges{suffix}", edge_columns(names))))
+        assert read.labels == ("ann", "bob", "eve", "joe", "dan")
+        assert read.graph.num_nodes == 5
+        assert [read.labels[k] for k in read.graph.i] == [
+            names[RECORDS[row]["i"]] for row in read.edges
+        ]
+
+    def test_nodes_tell_order_energies_and_start(self, tmp_path, suffix):
+        edges = write_table(tmp_path / f"e{suffix}", {"source": ["a", "b"], "target": ["c", "a"]})
+        columns = {
+            "node": ["b", "c", "lone", "a"],
+            "a": [0.1, 0.2, 0.3, 0.4],
+            "b": [1.0, None, 2.0, 3.0],
+            "start": [0.5, 0.25, 0.125, 1.0],
+        }
+        read = read_graph(edges, write_table(tmp_path / f"n{suffix}", columns))
+        local = Landau(a=np.array(columns["a"]), b=np.array([1.0, 0.0, 2.0, 3.0]))
+        expected = from_edge_list([(3, 1), (0, 3)], local)
+        assert_same(read.graph, expected)
+        assert read.labels == tuple(columns["node"])
+        np.testing.assert_array_equal(read.x0, columns["start"])
+
+    def test_numbered_nodes_may_stand_in_any_order(self, tmp_path, suffix):
+        edges = write_table(tmp_path / f"e{suffix}", {"source": [0, 1], "target": [2, 0]})
+        nodes = {"node": [2, 0, 3, 1], "target": [0.2, 0.0, 0.3, 0.1], "start": [2.0, 0.0, 3, 1]}
+        read = read_graph(edges, write_table(tmp_path / f"n{suffix}", nodes))
+        assert read.labels == ("0", "1", "2", "3")
+        np.testing.assert_array_equal(read.x0, [0.0, 1.0, 2.0, 3.0])
+        np.testing.assert_allclose(read.graph.local[0].target, [0.0, 0.1, 0.2, 0.3])
+        assert (read.graph.i.tolist(), read.graph.j.tolist()) == ([0, 1], [2, 0])
+
+    def test_other_integers_are_names_in_a_node_table(self, tmp_path, suffix):
+        big = 7_000_000_000
+        edges = write_table(tmp_path / f"e{suffix}", {"source": [big, 5], "target": [5, 1]})
+        read = read_graph(edges, write_table(tmp_path / f"n{suffix}", {"node": [1, 5, big]}))
+        assert read.labels == ("1", "5", str(big))
+        assert (read.graph.i.tolist(), read.graph.j.tolist()) == ([2, 1], [1, 0])
+        assert (read.graph.local, read.x0) == ((), None)
+
+    def test_numbers_leave_room_for_isolated_nodes(self, tmp_path, suffix):
+        edges = write_table(tmp_path / f"e{suffix}", {"source": [7], "target": [2]})
+        assert read_graph(edges).graph.num_nodes == 8
+
+    def test_tables_of_different_formats(self, tmp_path):
+        edges = write_table(tmp_path / "e.csv", {"source": [0], "target": [1]})
+        nodes = write_table(tmp_path / "n.parquet", {"node": [0.0, 1.0], "a": [1, 2]})
+        assert read_graph(edges, nodes).graph.local[0].a.tolist() == [1.0, 2.0]
+
+    def test_byte_names(self, tmp_path):
+        np.savez(tmp_path / "e.npz", source=np.array([b"a"]), target=np.array([b"b"]))
+        assert read_graph(tmp_path / "e.npz").labels == ("a", "b")
+
+
+class TestCsv:
+    def test_what_spreadsheets_write(self, tmp_path):
+        text = '\ufeffsource , target,weight\r\n"a, b", c ,2\r\n\r\n"x\ny",c,\r\n'
+        read = read_graph(csv_file(tmp_path / "e.CSV", text))
+        assert read.labels == ("a, b", "c", "x\ny")
+        assert read.graph.edges[0].weight.tolist() == [2.0, 1.0]
+
+    def test_empty_cells_mean_the_default(self, tmp_path):
+        text = "source,target,family,beta_j\n0,1,,\n1,2,asymmetric_hinge,\n2,0,asymmetric_hinge,3\n"
+        read = read_graph(csv_file(tmp_path / "e.csv", text))
+        assert read.graph.keys == ("Quadratic", "AsymmetricHinge")
+        assert read.graph.edges[1].beta_j.tolist() == [1.0, 3.0]
+
+    def test_more_rows_than_a_block(self, tmp_path):
+        rng = np.random.default_rng(0)
+        source, hop = rng.integers(50, size=10_000), rng.integers(1, 50, size=10_000)
+        columns = {"source": source.tolist(), "target": ((source + hop) % 50).tolist()}
+        columns["weight"] = rng.random(10_000).tolist()
+        path = write_table(tmp_path / "e.csv", columns)
+        read = read_graph(path)
+        assert read.graph.i.tolist() == columns["source"]
+        np.testing.assert_allclose(read.graph.edges[0].weight, columns["weight"], rtol=1e-6)
+        csv_file(path, path.read_text() + "1,2\n")
+        with pytest.raises(FileFormatError) as caught:
+            read_graph(path)
+        assert (caught.value.line, caught.value.column) == (10_002, "weight")
+
+    @pytest.mark.parametrize(
+        ("text", "line", "column", "message"),
+        [
+            ("", None, None, "empty"),
+            ("\n\n", None, None, "empty"),
+            ("source,target\n", None, None, "empty"),
+            ("source,weight\n0,1\n", 1, "target", "missing"),
+            ("source;target\n0;1\n", 1, "source", "missing: there are 'source;target'"),
+            ("source,target,wieght\n0,1,2\n", 1, "wieght", "unknown"),
+            ("source,target,source\n0,1,2\n", 1, "source", "twice"),
+            ("\nsource,target,\n0,1,2\n", 2, None, "no name"),
+            ("source,target\n0,1\n1,2,3\n", 3, None, "3 cells, the header 2"),
+            ("source,target,weight\n0,1,1\n\n1,2\n", 4, "weight", "2 cells, the header 3"),
+            ("source,target,weight\n0,1,1\n1,2,x\n", 3, "weight", "'x' is not a number"),
+            ("source,target,weight\n0,1,nan\n", 2, "weight", "nan must be finite"),
+            ("source,target,weight\n0,1,1\n0,1,1e999\n", 3, "weight", "1e999 must be finite"),
+            ("source,target,weight\n0,1,-0.5\n", 2, "weight", "-0.5 must be at least 0"),
+            ('source,target,weight\n"a\nb",1,1\n\n0,1,-2\n', 5, "weight", "at least 0"),
+            ("source,target,family\n0,1,\n0,1,spring\n", 3, "family", "'spring' is unknown"),
+            ("source,target,delta\n0,1,\n0,1,2\n", 3, "delta", "quadratic has no such parameter"),
+            (
+                "source,target,family,eta_power\n0,1,damped_gate_benefit,0.5\n",
+                2,
+                "eta_power",
+                "0.5 must be at least 1",
+            ),
+            ("source,target\n0,1\n2,2\n", 3, "target", "'2' is also the source"),
+            ("source,target\na,b\nb,b\n", 3, "target", "'b' is also the source"),
+            ("source,target\n0,1\n1,-2\n", 3, "target", "-2 is not a node number"),
+            ("source,target\n0,9999999999\n", 2, "target", "too large"),
+            ("source,target\n0,1\n,1\n", 3, "source", "empty"),
+        ],
+    )
+    def test_names_line_and_column(self, tmp_path, text, line, column, message):
+        path = csv_file(tmp_path / "edges.csv", text)
+        with pytest.raises(FileFormatError, match=message) as caught:
+            read_graph(path)
+        error = caught.value
+        assert (error.path, error.line, error.column) == (path, line, column)
+        assert str(error).startswith(str(path))
+        assert line is None or f"line {line}" in str(error)
+        assert gc.isenabled()
+
+    @pytest.mark.parametrize(
+        ("text", "line", "column", "message"),
+        [
+            ("node,a\n0,1\n1,1\n0,2\n2,1\n", 4, "node", "'0' is already on line 2"),
+            ("node,a\n0,1\n1,x\n2,1\n", 3, "a", "not a number"),
+            ("node,b\n0,1\n1,-1\n2,1\n", 3, "b", "at least 0"),
+            ("node,a\n0,1\n-1,1\n2,1\n", 3, "node", "-1 is not a node number"),
+            ("node,start\n0,1\n1,inf\n2,1\n", 3, "start", "finite"),
+            ("a,b\n0,1\n", 1, "node", "missing"),
+            ("node,c\n0,1\n", 1, "c", "unknown"),
+            ("node,a\n", None, None, "empty"),
+        ],
+    )
+    def test_names_line_and_column_of_the_node_table(self, tmp_path, text, line, column, message):
+        edges = csv_file(tmp_path / "edges.csv", "source,target\n0,1\n1,2\n")
+        nodes = csv_file(tmp_path / "nodes.csv", text)
+        with pytest.raises(FileFormatError, match=message) as caught:
+            read_graph(edges, nodes)
+        error = caught.value
+        assert (error.path, error.line, error.column) == (nodes, line, column)
+
+    def test_a_node_that_the_table_lacks(self, tmp_path):
+        edges = csv_file(tmp_path / "edges.csv", "source,target\na,b\nb,c\n")
+        nodes = csv_file(tmp_path / "nodes.csv", "node\na\nb\n")
+        with pytest.raises(FileFormatError, match="'c' is not in the node table") as caught:
+            read_graph(edges, nodes)
+        error = caught.value
+        assert (error.path, error.line, error.column) == (edges, 3, "target")
+
+    def test_not_text(self, tmp_path):
+        path = tmp_path / "e.csv"
+        path.write_bytes(b"source,target\n\xff\xfe,1\n")
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            read_graph(path)
+
+    def test_a_cell_beyond_the_csv_limit(self, tmp_path):
+        path = csv_file(tmp_path / "e.csv", "source,target\n0,1\n" + "a" * 200_000 + ",1\n")
+        with pytest.raises(FileFormatError, match="field larger") as caught:
+            read_graph(path)
+        assert caught.value.line == 3
+
+
+class TestOtherTables:
+    @pytest.mark.parametrize("suffix", [".parquet", ".npz"])
+    @pytest.mark.parametrize(
+        ("columns", "line", "column", "message"),
+        [
+            ({"source": [0, 1]}, None, "target", "missing"),
+            ({"source": [0], "target": [1], "x": [1]}, None, "x", "unknown"),
+            ({"source": [0, 1], "target": [1, 1]}, 2, "target", "row 2.*also the source"),
+            ({"source": [0, -1], "target": [1, 1]}, 2, "source", "-1 is not a node number"),
+            ({"source": [0.0, 1.5], "target": [1, 2]}, 2, "source", "1.5 is neither"),
+            ({"source": [0, 1], "target": [1, 2], "weight": [1, -1]}, 2, "weight", "at least 0"),
+            ({"source": [0], "target": [1], "weight": [np.nan]}, 1, "weight", "finite"),
+            ({"source": [0], "target": [1], "weight": ["x"]}, 1, "weight", "not a number"),
+            ({"source": [0], "target": [1], "family": ["x"]}, 1, "family", "unknown"),
+        ],
+    )
+    def test_names_row_and_column(self, tmp_path, suffix, columns, line, column, message):
+        path = write_table(tmp_path / f"edges{suffix}", columns)
+        with pytest.raises(FileFormatError, match=message) as caught:
+            read_graph(path)
+        error = caught.value
+        assert (error.path, error.line, error.column) == (path, line, column)
+
+    def test_empty_tables(self, tmp_path, suffix):
+        path = write_table(tmp_path / f"edges{suffix}", {"source": [], "target": []})
+        with pytest.raises(FileFormatError, match="empty"):
+            read_graph(path)
+
+    @pytest.mark.parametrize("suffix", [".parquet", ".npz", ".graphml", ".mtx"])
+    @pytest.mark.parametrize("content", [b"", b"neither fish nor fowl\n"])
+    def test_not_that_format(self, tmp_path, suffix, content):
+        path = tmp_path / f"edges{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(FileFormatError):
+            read_graph(path)
+
+    @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz", ".graphml", ".mtx"])
+    def test_no_file(self, tmp_path, suffix):
+        with pytest.raises(FileNotFoundError):
+            read_graph(tmp_path / f"edges{suffix}")
+
+    def test_ragged_arrays(self, tmp_path):
+        np.savez(tmp_path / "e.npz", source=[0, 1], target=[1, 2], weight=[1.0])
+        with pytest.raises(FileFormatError, match=r"'weight'.*shape \(1,\)"):
+            read_graph(tmp_path / "e.npz")
+
+    def test_pickled_arrays_are_not_loaded(self, tmp_path):
+        np.savez(tmp_path / "e.npz", source=np.array([0, "a"], object), target=[1, 2])
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            read_graph(tmp_path / "e.npz")
+
+    @pytest.mark.parametrize("name", ["edges.xlsx", "edges"])
+    def test_unknown_suffix(self, tmp_path, name):
+        with pytest.raises(FileFormatError, match=r"unknown suffix.*\.csv.*\.mtx"):
+            read_graph(tmp_path / name)
+        edges = csv_file(tmp_path / "e.csv", "source,target\n0,1\n")
+        with pytest.raises(FileFormatError, match="unknown suffix"):
+            read_graph(edges, tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("module", "name", "extra"),
+        [("polars", "e.parquet", "parquet"), ("networkx", "e.graphml", "graph")],
+    )
+    def test_says_what_to_install(self, tmp_path, monkeypatch, module, name, extra):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(ImportError, match=rf"pip install 'smallgain_jax\[{extra}\]'"):
+            read_graph(tmp_path / name)
+
+
+class TestGraphml:
+    @pytest.mark.parametrize("kind", [nx.DiGraph, nx.MultiDiGraph, nx.Graph])
+    def test_agrees_with_networkx(self, tmp_path, kind):
+        network = kind()
+        network.add_nodes_from(["lone", "c", "b", "a"], colour="red")
+        network.add_edge("a", "b", weight=0.5, width=3)
+        network.add_edge("b", "c", family="gate_benefit", delta=0.1)
+        network.add_edge("a", "c")
+        nx.write_graphml(network, tmp_path / "g.graphml")
+        read = read_graph(tmp_path / "g.graphml")
+        assert_same(read.graph, from_networkx(network))
+        assert read.labels == ("lone", "c", "b", "a")
+        assert read.x0 is None
+
+    def test_node_attributes(self, tmp_path):
+        network = nx.path_graph(3)
+        network.nodes[1].update(a=0.5, b=1.0, target=0.25, start=2.0)
+        nx.write_graphml(network, tmp_path / "g.graphml")
+        read = read_graph(tmp_path / "g.graphml")
+        a, b, t = ([0.0, value, 0.0] for value in (0.5, 1.0, 0.25))
+        expected = from_networkx(network, Landau(np.array(a), np.array(b), np.array(t)))
+        assert_same(read.graph, expected)
+        assert read.x0.tolist() == [0.0, 2.0, 0.0]
+
+    def test_a_node_table_replaces_them(self, tmp_path):
+        network = nx.path_graph(2)
+        network.nodes[1]["a"] = 0.5
+        nx.write_graphml(network, tmp_path / "g.graphml")
+        nodes = csv_file(tmp_path / "n.csv", "node,start\n1,1\n0,3\n")
+        read = read_graph(tmp_path / "g.graphml", nodes)
+        assert (read.graph.local, read.x0.tolist()) == ((), [3.0, 1.0])
+
+    @pytest.mark.parametrize(
+        ("attributes", "column"),
+        [({"weight": -1}, "weight"), ({"weight": "x"}, "weight"), ({"family": "x"}, "family")],
+    )
+    def test_names_the_edge(self, tmp_path, attributes, column):
+        network = nx.DiGraph([("a", "b")])
+        network.add_edge("b", "c", **attributes)
+        nx.write_graphml(network, tmp_path / "g.graphml")
+        with pytest.raises(FileFormatError, match=f"edge 'b' - 'c', column '{column}'") as caught:
+            read_graph(tmp_path / "g.graphml")
+        assert (caught.value.line, caught.value.column) == (None, column)
+
+    def test_names_the_node(self, tmp_path):
+        network = nx.path_graph(2)
+        network.nodes[1]["b"] = -1.0
+        nx.write_graphml(network, tmp_path / "g.graphml")
+        with pytest.raises(FileFormatError, match="node '1', column 'b'"):
+            read_graph(tmp_path / "g.graphml")
+
+    def test_self_loop_and_no_edges(self, tmp_path):
+        nx.write_graphml(nx.Graph([("a", "a")]), tmp_path / "loop.graphml")
+        with pytest.raises(FileFormatError, match="also the source"):
+            read_graph(tmp_path / "loop.graphml")
+        nx.write_graphml(nx.empty_graph(2), tmp_path / "none.graphml")
+        with pytest.raises(FileFormatError, match="empty"):
+            read_graph(tmp_path / "none.graphml")
+
+    def test_names_the_line_of_broken_xml(self, tmp_path):
+        path = csv_file(tmp_path / "g.graphml", "<graphml>\n<graph>\n</graphml>\n")
+        with pytest.raises(FileFormatError) as caught:
+            read_graph(path)
+        assert caught.value.line == 3
+
+
+class TestMatrixMarket:
+    @pytest.mark.parametrize("symmetry", ["symmetric", "general"])
+    def test_agrees_with_scipy(self, tmp_path, symmetry):
+        matrix = scipy.sparse.triu(scipy.sparse.random_array((9, 9), density=0.3, rng=0), 1)
+        if symmetry == "symmetric":
+            matrix = matrix + matrix.T
+        scipy.io.mmwrite(tmp_path / "m.mtx", matrix, symmetry=symmetry)
+        read = read_graph(tmp_path / "m.mtx")
+        assert_same(read.graph, from_scipy(matrix))
+        assert read.labels == tuple("012345678")
+        assert read.edges.tolist() == list(range(read.graph.num_edges))
+
+    def test_patterns_and_a_node_table(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate pattern general\n3 3 2\n1 2\n3 1\n"
+        path = csv_file(tmp_path / "m.mtx", text)
+        nodes = csv_file(tmp_path / "n.csv", "node,a,start\n2,1,2\n0,2,0\n1,3,1\n")
+        read = read_graph(path, nodes)
+        assert_same(read.graph, from_edge_list([(0, 1), (2, 0)], Landau(np.array([2.0, 3.0, 1.0]))))
+        assert read.x0.tolist() == [0.0, 1.0, 2.0]
+
+    @pytest.mark.parametrize(
+        ("head", "body", "message"),
+        [
+            ("real general", "3 3 1\n2 2 1.0\n", r"matrix\[1, 1\]"),
+            ("real general", "3 3 1\n2 1 -1.0\n", r"matrix\[1, 0\] = -1.0"),
+            ("real general", "3 2 1\n2 1 1.0\n", "shape"),
+            ("complex general", "3 3 1\n2 1 1.0 1.0\n", "real"),
+            ("real general", "3 3 0\n", "empty"),
+        ],
+    )
+    def test_names_the_entry(self, tmp_path, head, body, message):
+        text = f"%%MatrixMarket matrix coordinate {head}\n{body}"
+        with pytest.raises(FileFormatError, match=message):
+            read_graph(csv_file(tmp_path / "m.mtx", text))
+
+    def test_names_the_line(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n3 3 2\n2 1 1.0\n3 1 x\n"
+        with pytest.raises(FileFormatError) as caught:
+            read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert caught.value.line == 4
+
+
+class TestWriting:
+    def test_whole_files_replace_what_was_there(self, tmp_path):
+        path = csv_file(tmp_path / "a.txt", "old")
+        write_atomic(path, lambda temporary: temporary.write_text("new"))
+        assert path.read_text() == "new"
+        assert list(tmp_path.iterdir()) == [path]
+
+    @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+    @pytest.mark.parametrize("existing", [True, False])
+    def test_nothing_half_written_is_left(self, tmp_path, error, existing):
+        path = tmp_path / "a.txt"
+        if existing:
+            path.write_text("old")
+
+        def write(temporary):
+            assert temporary.parent == path.parent
+            temporary.write_text("half")
+            raise error
+
+        with pytest.raises(error):
+            write_atomic(path, write)
+        assert [p.read_text() for p in tmp_path.iterdir()] == ["old"] * existing
+
+    def test_a_failing_state_writer_leaves_nothing(self, tmp_path, suffix, monkeypatch):
+        def replace(*paths):
+            raise OSError("disk full")
+
+        monkeypatch.setattr("os.replace", replace)
+        with pytest.raises(OSError, match="disk full"):
+            write_state(tmp_path / f"x{suffix}", np.zeros(2), ("a", "b"))
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("labels", [("b", "a", "é,\n"), ("2", "0", "1"), ("07", "8", "9")])
+    @pytest.mark.parametrize("shape", [(3,), (3, 2)])
+    def test_state_round_trips(self, tmp_path, suffix, labels, shape):
+        x = jax.random.normal(jax.random.key(0), shape)
+        path = tmp_path / f"x{suffix}"
+        write_state(path, x, labels)
+        node, values = read_state(path)
+        numbers = all(label.isdecimal() and str(int(label)) == label for label in labels)
+        assert node == ([int(label) for label in labels] if numbers else list(labels))
+        assert list(values) == (["x"] if len(shape) == 1 else ["x0", "x1"])
+        read = np.stack(list(values.values()), axis=1).astype(np.float32).reshape(shape)
+        np.testing.assert_array_equal(read, np.asarray(x))
+
+    def test_state_of_a_graph_that_was_read(self, tmp_path, suffix):
+        path = tmp_path / f"x{suffix}"
+        edges = write_table(tmp_path / f"e{suffix}", {"source": ["b"], "target": ["a"]})
+        write_state(path, jnp.array([0.5, 1.0]), read_graph(edges).labels)
+        assert read_state(path)[0] == ["b", "a"]
+
+    @pytest.mark.parametrize(
+        ("name", "x", "labels", "message"),
+        [
+            ("x.txt", np.zeros(2), ("a", "b"), r"^path = .*x.txt must end in one of .csv"),
+            ("x.csv", np.zeros(2), ("a",), r"^labels has 1 entries, expected 2"),
+            ("x.csv", np.zeros(()), (), r"^x has shape \(\)"),
+        ],
+    )
+    def test_refuses_before_writing(self, tmp_path, name, x, labels, message):
+        with pytest.raises(ValueError, match=message):
+            write_state(tmp_path / name, x, labels)
+        assert list(tmp_path.iterdir()) == []
+
+
+def read_state(path):
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            columns = {name: arrays[name] for name in arrays.files}
+    else:
+        frame = pl.read_parquet(path) if path.suffix == ".parquet" else read_csv_typed(path)
+        columns = {series.name: series.to_numpy() for series in frame}
+    return columns.pop("node").tolist(), columns
+
+
+def read_csv_typed(path):
+    # polars would read "07" as a number
+    text = pl.read_csv(path, infer_schema=False)
+    plain = text["node"].str.contains(r"^(0|[1-9]\d*)$").all()
+    node = pl.col("node").cast(pl.Int64) if plain else pl.col("node")
+    return text.with_columns(node, pl.exclude("node").cast(pl.Float64))
