@@ -1,6 +1,9 @@
 """Stability margins of optimizers as a budget: measured, priced, and spent where it pays."""
 
+from smallgain_jax import plots as plots
 from smallgain_jax import presets as presets
+from smallgain_jax import scenarios as scenarios
+from smallgain_jax import telemetry as telemetry
 from smallgain_jax.allocate import Allocation as Allocation
 from smallgain_jax.allocate import allocate as allocate
 from smallgain_jax.curvature import AlwaysActive as AlwaysActive

@@ -1,11 +1,15 @@
 """Validation of concrete arguments: every message starts with the argument's name."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+
+Numbers: TypeAlias = ArrayLike | Sequence[Any]
+"""What users may pass for an array: JAX or NumPy arrays, scalars, (nested) lists."""
 
 
 def is_concrete(value: Any) -> bool:
@@ -21,7 +25,7 @@ def float_dtype(*values: Any) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*values, jnp.float32), jnp.float32)
 
 
-def as_float(name: str, value: ArrayLike) -> jax.Array:
+def as_float(name: str, value: Numbers) -> jax.Array:
     """`value` as a floating array; integers take JAX's default float dtype."""
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.floating):
@@ -31,7 +35,7 @@ def as_float(name: str, value: ArrayLike) -> jax.Array:
     raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
 
 
-def as_index(name: str, value: ArrayLike) -> jax.Array:
+def as_index(name: str, value: Numbers) -> jax.Array:
     """`value` as an int32 vector of node indices."""
     if is_concrete(value):
         host = np.asarray(value)
@@ -44,10 +48,19 @@ def as_index(name: str, value: ArrayLike) -> jax.Array:
         if host.size and (host.min() < 0 or host.max() > np.iinfo(np.int32).max):
             bad = int(np.flatnonzero((host < 0) | (host > np.iinfo(np.int32).max))[0])
             raise ValueError(
-                f"{name}[{bad}] = {host[bad]} is not a node index: it must be 0 or above"
+                f"{name}[{bad}] = {host[bad]} is not a node index: it must lie in 0..2^31 - 1"
             )
         return jnp.asarray(host, dtype=jnp.int32)
     return jnp.asarray(value).astype(jnp.int32)
+
+
+def broadcast(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`array` at `shape`; on the host where it can be, which spares a compilation per shape."""
+    if array.shape == shape:
+        return array
+    if is_concrete(array):
+        return jnp.asarray(np.broadcast_to(np.asarray(array), shape))
+    return jnp.broadcast_to(array, shape)
 
 
 def check_finite(name: str, value: ArrayLike, *, low: float | None = None) -> None:

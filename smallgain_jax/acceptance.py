@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 class Box(NamedTuple):
@@ -48,9 +49,7 @@ class Search(NamedTuple):
     backtracks: jax.Array  # [] int32, evaluations beyond the first
 
 
-def guard_scale(
-    gradient: Any, update: Any, bend: jax.Array, target: float | jax.Array
-) -> jax.Array:
+def guard_scale(gradient: Any, update: Any, bend: jax.Array, target: ArrayLike) -> jax.Array:
     r"""Factor $\min(1,\; 2c\,\langle -g, u\rangle / b)$ that makes an update descend.
 
     With $b = \sum_r R_r u_r^2$ and $\operatorname{diag}(R)$ a majorizer of the Hessian on the
@@ -93,11 +92,14 @@ def directional_curvature(fn: Callable[[Any], jax.Array], x: Any, direction: Any
 def cosine(a: Any, b: Any) -> jax.Array:
     """Cosine of the angle between two pytrees, a scalar; 0 where either vanishes.
 
-    >>> cosine(jnp.array([3.0, 0.0]), jnp.array([3.0, 4.0])).round(6).item()
+    >>> round(cosine(jnp.array([3.0, 0.0]), jnp.array([3.0, 4.0])).item(), 6)
     0.6
     """
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+
+
+_Shortening = tuple[jax.Array, jax.Array, jax.Array]  # step, backtracks, accepted
 
 
 def armijo(
@@ -130,7 +132,7 @@ def armijo(
         promised = jnp.minimum(candidate.slope, 0)
         return jnp.isfinite(candidate.value) & (candidate.value <= value + decrease * promised)
 
-    def shorten(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def shorten(carry: _Shortening) -> _Shortening:
         step, backtracks, _ = carry
         step = step * shrink
         return step, backtracks + 1, good(jax.lax.stop_gradient(trial(step)))
@@ -138,7 +140,7 @@ def armijo(
     first = trial(jnp.ones((), value.dtype))
     resolution = jnp.finfo(value.dtype).eps * jnp.abs(value)
 
-    def searching(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def searching(carry: _Shortening) -> jax.Array:
         step, backtracks, accepted = carry
         # a promise below the rounding of `value` can be neither kept nor broken
         audible = -first.slope * step > resolution

@@ -137,18 +137,18 @@ def block_curvature(
     """
     num_nodes = local_rows.shape[0]
     absolute = jnp.abs(blocks)
-    per_edge = (slice(None),) + (None,) * (local_rows.ndim)
+    per_edge = (slice(None), *(None,) * local_rows.ndim)
 
     def rows(s: jax.Array) -> tuple[jax.Array, jax.Array]:
         cost = _pair_costs(absolute, s, i, j)
         return cost, local_rows + scatter_pairs(weights[per_edge] * cost, i, j, num_nodes)
 
-    def iterate(carry: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
+    def iterate(carry: Any, _: None) -> tuple[Any, None]:
         s, row_sums, best_s, best = carry
         s = s * row_sums
         top = jnp.max(s, initial=0.0)
         s = jnp.where(top > 0, jnp.maximum(s / jnp.where(top > 0, top, 1), 1e-9), 1)
-        _, row_sums = rows(s)
+        row_sums = rows(s)[1]
         bound = jnp.max(row_sums, initial=0.0)
         better = bound < best
         return (s, row_sums, jnp.where(better, s, best_s), jnp.minimum(bound, best)), None
@@ -165,10 +165,8 @@ def block_curvature(
 DENSE_LIMIT = 2048
 
 
-def hessian_row_sums(
-    fn: Callable[..., jax.Array], x: Any, *args: Any, sparsity: Any = None
-) -> Any:
-    r"""Exact Gershgorin rows $R_r = \sum_s |\partial^2 f / \partial x_r \partial x_s|$ of any function.
+def hessian_row_sums(fn: Callable[..., jax.Array], x: Any, *args: Any, sparsity: Any = None) -> Any:
+    r"""Gershgorin rows $R_r = \sum_s |\partial^2 f / \partial x_r \partial x_s|$ of any function.
 
     Without `sparsity` the Hessian is formed by `jax.hessian`, for at most 2048 unknowns. With it,
     columns that share no row are compressed into one Hessian-vector product each (Curtis, Powell
@@ -198,8 +196,8 @@ def hessian_row_sums(
     if sparsity is None:
         if flat.size > DENSE_LIMIT:
             raise ValueError(
-                f"x has {flat.size} unknowns, too many for a dense Hessian (at most {DENSE_LIMIT}): "
-                "give sparsity, the pattern of the Hessian"
+                f"x has {flat.size} unknowns, too many for a dense Hessian "
+                f"(at most {DENSE_LIMIT}): give sparsity, the pattern of the Hessian"
             )
         hessian = jax.hessian(flat_fn)(flat) if flat.size else jnp.zeros((0, 0), flat.dtype)
         return unravel(jnp.sum(jnp.abs(hessian), axis=1))

@@ -36,7 +36,7 @@ class DescentInfo(NamedTuple):
 class MajorizedDescentState(NamedTuple):
     """State of `majorized_descent`. Shapes are those of the graph's state x."""
 
-    count: jax.Array  # [] int32, updates so far
+    count: jax.Array  # type: ignore[assignment]  # [] int32, updates so far
     value: jax.Array  # [] objective at the parameters, for optax.value_and_grad_from_state
     grad: jax.Array  # [n] its gradient there
     descent_gradient: jax.Array  # [n] gradient on the free nodes, one step ago
@@ -55,9 +55,9 @@ def majorized_descent(
     r"""Conjugate, majorized descent on a graph's reference energy, as an optax transformation.
 
     One step: $z = D^{-1} g$ on the free nodes; $p = -z + \beta p$ with
-    $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where $p$
-    is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection onto
-    the box and t = 1, halved until Armijo's condition holds. An accepted step never increases the
+    $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where
+    $p$ is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection
+    onto the box and t = 1, halved until Armijo's condition holds. An accepted step never increases the
     energy; a failed search leaves the state where it was. No guarantee rests on the smoothing: it
     only chooses the metric.
 
@@ -88,9 +88,7 @@ def majorized_descent(
         dtype = float_dtype(params)
         zero, like = jnp.zeros((), dtype), jnp.zeros(params.shape, dtype)
         count = jnp.zeros((), jnp.int32)
-        info = DescentInfo(
-            jnp.ones((), bool), jnp.ones((), bool), zero, count, count, zero
-        )
+        info = DescentInfo(jnp.ones((), bool), jnp.ones((), bool), zero, count, count, zero)
         # an infinite value tells value_and_grad_from_state that nothing is stored yet
         return MajorizedDescentState(count, zero + jnp.inf, like, like, zero, like, info)
 

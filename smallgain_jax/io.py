@@ -222,7 +222,7 @@ def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
 
 
 def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
-    _optional("polars", "parquet").DataFrame(columns).write_parquet(path)
+    optional_module("polars", "parquet").DataFrame(columns).write_parquet(path)
 
 
 def _write_npz(path: Path, columns: dict[str, Any]) -> None:
@@ -402,7 +402,7 @@ def _row(row: int) -> tuple[int, str]:
 
 
 def _read_parquet(path: Path) -> _Table:
-    polars = _optional("polars", "parquet")
+    polars = optional_module("polars", "parquet")
     with open(path, "rb") as file, _as_format_error(path, polars.exceptions.PolarsError):
         frame = polars.read_parquet(file)
     return _Table(path, {series.name: _cells(series.to_list()) for series in frame}, _row)
@@ -448,7 +448,7 @@ _READERS: dict[str, Callable[[Path], _Table]] = {
 
 
 def _read_graphml(path: Path) -> tuple[_Table, _Table]:
-    networkx = _optional("networkx", "graph")
+    networkx = optional_module("networkx", "graph")
     try:
         with _as_format_error(path, networkx.NetworkXError, ValueError, KeyError, AttributeError):
             graph = networkx.read_graphml(path)
@@ -626,7 +626,7 @@ def _node_energies(table: _Table, rows: np.ndarray) -> tuple[Landau | None, jax.
     return local, jnp.asarray(values["start"]) if "start" in table.columns else None
 
 
-def _optional(module: str, extra: str) -> Any:
+def optional_module(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:

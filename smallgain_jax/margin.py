@@ -3,8 +3,8 @@ r"""Stability limits of base optimizers, and the margin left below them.
 On a quadratic with largest curvature $\lambda$, an optimizer is stable up to a limit on $\lambda$:
 gradient descent $2/\alpha$, heavy ball $2(1+\beta)/\alpha$, Nesterov's
 $2(1+\beta)/((1+2\beta)\alpha)$ (Cohen et al., *Gradient Descent on Neural Networks Typically
-Occurs at the Edge of Stability*, ICLR 2021, appendix B). The target row is a fraction of it, and the
-margin of a row is what its curvature leaves of that target.
+Occurs at the Edge of Stability*, ICLR 2021, appendix B). The target row is a fraction of it, and
+the margin of a row is what its curvature leaves of that target.
 """
 
 from typing import Any
@@ -29,7 +29,7 @@ def gradient_descent_limit(learning_rate: ArrayLike) -> jax.Array:
 
 
 def heavy_ball_limit(learning_rate: ArrayLike, momentum: ArrayLike) -> jax.Array:
-    r"""Curvature limit $2(1+\beta)/\alpha$ of $v \leftarrow \beta v + g,\; x \leftarrow x - \alpha v$.
+    r"""Curvature limit $2(1+\beta)/\alpha$ of heavy ball, $v \leftarrow \beta v + g$.
 
     >>> heavy_ball_limit(0.5, 0.5).item()
     6.0
@@ -68,9 +68,10 @@ def measured_limit(optimizer: optax.GradientTransformation, steps: int = 2000) -
     >>> measured_limit(optax.adam(0.1)) is None
     True
     """
-    signs = jnp.where(jnp.arange(steps) % 2 == 0, 1.0, -1.0)
 
     def run(scale: float) -> np.ndarray:
+        signs = jnp.where(jnp.arange(steps) % 2 == 0, 1.0, -1.0)
+
         def step(state: Any, sign: jax.Array) -> tuple[Any, jax.Array]:
             update, state = optimizer.update(scale * sign, state, jnp.zeros_like(sign))
             return state, -update * sign / scale
@@ -102,4 +103,4 @@ def row_budgets(target: ArrayLike, row_sums: jax.Array, fraction: ArrayLike) -> 
     >>> row_budgets(10.0, jnp.array([4.0, 12.0]), 0.5).tolist()
     [3.0, 0.0]
     """
-    return fraction * jnp.maximum(target - row_sums, 0)
+    return jnp.asarray(fraction * jnp.maximum(target - row_sums, 0))

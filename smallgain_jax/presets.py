@@ -17,6 +17,7 @@ def default() -> dict[str, Any]:
         "floor": 0.1,
         "ceiling": 3.0,
         "ema": 0.3,
+        "value": "grad_norm",
         "smoothing": 1e-3,
     }
 

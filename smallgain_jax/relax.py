@@ -1,5 +1,6 @@
 """Relaxation of an energy graph: a scan over optax updates inside a box."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -129,7 +130,9 @@ def _relax(
 
     def evaluate(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
         if isinstance(state, MajorizedDescentState):
-            return state.value, state.grad
+            # an infinite value: nothing is stored yet
+            fresh = partial(jax.value_and_grad(graph.energy), x)
+            return jax.lax.cond(jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh)
         if box is None:
             return optax.value_and_grad_from_state(objective)(x, state=state)
         # a stored gradient would be that of the projected objective, blind beyond the bound
@@ -160,8 +163,11 @@ def _relax(
         return carry, (carry.value, record(carry.state))
 
     x = everything.project(x0)
-    value, gradient = jax.value_and_grad(graph.energy)(x)
-    state = optimizer.init(x) if state is None else state
+    if state is None:
+        state = optimizer.init(x)
+        value, gradient = jax.value_and_grad(graph.energy)(x)
+    else:
+        value, gradient = evaluate(x, state)
     start = _Carry(
         x,
         value,
@@ -173,4 +179,3 @@ def _relax(
     end, (energies, history) = jax.lax.scan(step, start, length=steps)
     info = RelaxInfo(end.steps, end.done, optimality(end.x, end.gradient), history)
     return RelaxResult(end.x, jnp.concatenate([value[None], energies]), info, end.state)
-

@@ -13,9 +13,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, as_index, check_finite, is_concrete
+from smallgain_jax._checks import Numbers, as_float, as_index, broadcast, check_finite, is_concrete
 
 
 class EdgeFamily(eqx.Module):
@@ -58,7 +57,7 @@ class EdgeFamily(eqx.Module):
         return type(self).__name__
 
 
-def _edges(i: ArrayLike, j: ArrayLike, weight: ArrayLike) -> tuple[jax.Array, ...]:
+def _edges(i: Numbers, j: Numbers, weight: Numbers) -> tuple[jax.Array, ...]:
     i, j = as_index("i", i), as_index("j", j)
     if i.shape != j.shape:
         raise ValueError(f"i and j must have the same shape, got {i.shape} and {j.shape}")
@@ -72,19 +71,22 @@ def _edges(i: ArrayLike, j: ArrayLike, weight: ArrayLike) -> tuple[jax.Array, ..
 
 
 def _per_edge(
-    name: str, value: ArrayLike, shape: tuple[int, ...], *, low: float | None = None
+    name: str, value: Numbers, shape: tuple[int, ...], *, low: float | None = None
 ) -> jax.Array:
     array = as_float(name, value)
     if array.shape not in ((), shape):
         raise ValueError(f"{name} has shape {array.shape}, expected () or {shape}, one per edge")
-    array = jnp.broadcast_to(array, shape)
     check_finite(name, array, low=low)
-    return array
+    return broadcast(array, shape)
 
 
 def _relu_squared(gap: jax.Array) -> jax.Array:
     # `where` rather than `maximum`: its second derivative at gap = 0 is 0, not a half
     return jnp.sum(jnp.where(gap > 0, gap, 0) ** 2)
+
+
+def _priced_hinge(gap: jax.Array, activity: jax.Array | None) -> jax.Array:
+    return jnp.sum(gap**2 if activity is None else activity * gap**2)
 
 
 class Quadratic(EdgeFamily):
@@ -99,7 +101,7 @@ class Quadratic(EdgeFamily):
     j: jax.Array
     weight: jax.Array
 
-    def __init__(self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0) -> None:
+    def __init__(self, i: Numbers, j: Numbers, weight: Numbers = 1.0) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
 
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
@@ -117,7 +119,7 @@ class DirectedHinge(EdgeFamily):
     j: jax.Array
     weight: jax.Array
 
-    def __init__(self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0) -> None:
+    def __init__(self, i: Numbers, j: Numbers, weight: Numbers = 1.0) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
 
     def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
@@ -129,7 +131,7 @@ class DirectedHinge(EdgeFamily):
     def priced_energy(
         self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
     ) -> jax.Array:
-        return jnp.sum(activity * self.gap(x_i, x_j) ** 2)
+        return _priced_hinge(self.gap(x_i, x_j), activity)
 
 
 class AsymmetricHinge(EdgeFamily):
@@ -150,11 +152,11 @@ class AsymmetricHinge(EdgeFamily):
 
     def __init__(
         self,
-        i: ArrayLike,
-        j: ArrayLike,
-        weight: ArrayLike = 1.0,
-        alpha_i: ArrayLike = 1.0,
-        beta_j: ArrayLike = 1.0,
+        i: Numbers,
+        j: Numbers,
+        weight: Numbers = 1.0,
+        alpha_i: Numbers = 1.0,
+        beta_j: Numbers = 1.0,
     ) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
         self.alpha_i = _per_edge("alpha_i", alpha_i, self.i.shape)
@@ -169,7 +171,7 @@ class AsymmetricHinge(EdgeFamily):
     def priced_energy(
         self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
     ) -> jax.Array:
-        return jnp.sum(activity * self.gap(x_i, x_j) ** 2)
+        return _priced_hinge(self.gap(x_i, x_j), activity)
 
 
 class GateBenefit(EdgeFamily):
@@ -189,9 +191,7 @@ class GateBenefit(EdgeFamily):
     weight: jax.Array
     delta: jax.Array
 
-    def __init__(
-        self, i: ArrayLike, j: ArrayLike, weight: ArrayLike = 1.0, delta: ArrayLike = 0.0
-    ) -> None:
+    def __init__(self, i: Numbers, j: Numbers, weight: Numbers = 1.0, delta: Numbers = 0.0) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
         self.delta = _per_edge("delta", delta, self.i.shape)
 
@@ -247,14 +247,14 @@ class DampedGateBenefit(EdgeFamily):
 
     def __init__(
         self,
-        i: ArrayLike,
-        j: ArrayLike,
-        weight: ArrayLike = 1.0,
-        delta: ArrayLike = 0.0,
-        damping: ArrayLike = 1.0,
-        eta_power: ArrayLike = 1.0,
-        positive_scale: ArrayLike = 1.0,
-        negative_scale: ArrayLike = 1.0,
+        i: Numbers,
+        j: Numbers,
+        weight: Numbers = 1.0,
+        delta: Numbers = 0.0,
+        damping: Numbers = 1.0,
+        eta_power: Numbers = 1.0,
+        positive_scale: Numbers = 1.0,
+        negative_scale: Numbers = 1.0,
     ) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
         shape = self.i.shape
@@ -298,9 +298,9 @@ class PairTerm(EdgeFamily):
     def __init__(
         self,
         fn: Callable[..., jax.Array],
-        i: ArrayLike,
-        j: ArrayLike,
-        weight: ArrayLike = 1.0,
+        i: Numbers,
+        j: Numbers,
+        weight: Numbers = 1.0,
         params: Any = None,
     ) -> None:
         if not callable(fn):

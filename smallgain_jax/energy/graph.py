@@ -40,7 +40,8 @@ class EnergyGraph(eqx.Module):
       ValueError: n unknown, or an edge that ends outside 0..n-1.
       TypeError: something that is not a local energy or not a family.
 
-    >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
+    >>> import smallgain_jax as sg
+    >>> graph = sg.EnergyGraph(sg.Landau(a=[1.0, 1.0]), [sg.Quadratic([0], [1], 0.5)])
     >>> graph.energy(jnp.array([1.0, 0.0])).item()
     1.5
     """
@@ -61,7 +62,8 @@ class EnergyGraph(eqx.Module):
         for energy in self.local:
             if not isinstance(energy, LocalEnergy):
                 raise TypeError(
-                    f"local must be callable and have majorizer_diagonal, got {type(energy).__name__}"
+                    "local must be callable and have majorizer_diagonal, "
+                    f"got {type(energy).__name__}"
                 )
         for family in self.edges:
             if not isinstance(family, EdgeFamily):
@@ -199,7 +201,8 @@ class EnergyGraph(eqx.Module):
         Returns:
           `Curvature(row_sums [n], local_rows [n], edge_cost [E, 2], lipschitz, scaling [n])`.
 
-        >>> graph = EnergyGraph(Landau(a=jnp.zeros(2)), [Quadratic([0], [1], 0.5)])
+        >>> import smallgain_jax as sg
+        >>> graph = sg.EnergyGraph(sg.Landau(a=[0.0, 0.0]), [sg.Quadratic([0], [1], 0.5)])
         >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
         [[2.0, 2.0]]
         """

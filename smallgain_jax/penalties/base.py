@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, check_positive, float_dtype, is_concrete
+from smallgain_jax._checks import as_float, check_finite, check_positive, is_concrete
 
 Schedule = Callable[[Any], Any]
 
@@ -208,7 +208,13 @@ def positive(value: jax.Array, dtype: Any) -> jax.Array:
 def wide(name: str, value: ArrayLike) -> jax.Array:
     """`value` as a floating array of at least float32."""
     array = as_float(name, value)
-    return array.astype(float_dtype(array))
+    # by the dtype: a Python number is weakly typed, and would be rounded to float32 under x64
+    return array.astype(jnp.promote_types(array.dtype, jnp.float32))
+
+
+def magnitude(x: jax.Array) -> jax.Array:
+    """|x| with derivative sign(x), sign(0) = 0, where that of `jnp.abs` at 0 is 1."""
+    return x * jnp.sign(x)
 
 
 def read_weight(weight: ArrayLike | Schedule) -> tuple[jax.Array, Schedule | None]:

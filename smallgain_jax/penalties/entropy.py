@@ -13,6 +13,7 @@ from smallgain_jax._checks import check_finite, is_concrete
 from smallgain_jax.penalties.base import (
     Schedule,
     StrengthPenalty,
+    magnitude,
     positive,
     read_positive,
     read_weight,
@@ -157,7 +158,9 @@ class SoftmaxEntropy(StrengthPenalty):
             0, self.num_atoms, add, jnp.zeros_like(x), unroll=min(self.num_atoms, UNROLL)
         )
         diagonal = jnp.abs(c * (1 - 2 * a) - (1 - a))
-        return self._scale(x) * a * (diagonal + others - a * jnp.abs(1 - 2 * c))
+        # the sum above includes the atom itself, and without it may round below zero
+        others = jnp.maximum(others - a * jnp.abs(1 - 2 * c), 0)
+        return self._scale(x) * a * (diagonal + others)
 
     def _descend(self, x: jax.Array, step: jax.Array) -> jax.Array:
         _, c = self._atoms(x)
@@ -221,8 +224,7 @@ class SoftmaxEntropy(StrengthPenalty):
         return self._scale(row) * (jnp.diag(a * (c - 1)) + pairs)
 
     def _row_majorizer(self, row: jax.Array) -> jax.Array:
-        # the derivative of abs is the sign with sign(0) = 0, as the derivative of this asks
-        return jnp.diag(jnp.sum(jnp.abs(self._row_hessian(row)), axis=1))
+        return jnp.diag(jnp.sum(magnitude(self._row_hessian(row)), axis=1))
 
     def _row_fisher(self, row: jax.Array) -> jax.Array:
         a, _ = self._atoms(row)

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, check_positive, float_dtype, is_concrete
+from smallgain_jax._checks import as_float, check_finite, check_positive, is_concrete
 from smallgain_jax.penalties.base import (
     Penalty,
     Schedule,
@@ -13,6 +13,7 @@ from smallgain_jax.penalties.base import (
     positive,
     read_positive,
     read_weight,
+    wide,
 )
 
 
@@ -134,7 +135,7 @@ class JumpReLU(Penalty):
         self, thresholds: ArrayLike, eps: ArrayLike, *, weight: ArrayLike | Schedule = 1.0
     ) -> None:
         self.weight, self.schedule = read_weight(weight)
-        self.thresholds = as_float("thresholds", thresholds)
+        self.thresholds = wide("thresholds", thresholds)
         if self.thresholds.ndim != 1:
             raise ValueError(f"thresholds has shape {self.thresholds.shape}, expected [d]")
         check_finite("thresholds", self.thresholds)
@@ -233,17 +234,17 @@ def jumprelu(z: ArrayLike, threshold: ArrayLike, eps: ArrayLike) -> jax.Array:
     True
     """
     array = as_float("z", z)
-    dtype = float_dtype(array)
-    tau = as_float("threshold", threshold)
+    z = wide("z", array)
+    tau = wide("threshold", threshold)
     check_finite("threshold", tau)
-    width = positive(read_positive("eps", eps), dtype)
+    width = positive(read_positive("eps", eps), z.dtype)
     try:
-        tau = jnp.broadcast_to(tau.astype(dtype), array.shape)
+        tau = jnp.broadcast_to(tau.astype(z.dtype), z.shape)
     except ValueError as error:
         raise ValueError(
-            f"threshold has shape {tau.shape}, which does not broadcast to that of z, {array.shape}"
+            f"threshold has shape {tau.shape}, which does not broadcast to that of z, {z.shape}"
         ) from error
-    return _jumprelu(array.astype(dtype), tau, width).astype(array.dtype)
+    return _jumprelu(z, tau, width).astype(array.dtype)
 
 
 @jax.custom_jvp

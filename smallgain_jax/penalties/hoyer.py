@@ -61,7 +61,7 @@ class Hoyer(StrengthPenalty):
 
     def _value(self, x: jax.Array) -> jax.Array:
         shape = _shape(x)
-        ratio = jnp.sum(jnp.abs(shape.x)) / jnp.sqrt(jnp.sum(shape.x**2))
+        ratio = jnp.sum(shape.x * shape.sign) / jnp.sqrt(jnp.sum(shape.x**2))
         return self._factor(x) * jnp.where(shape.is_zero, 0, ratio - 1)
 
     def hessian_diagonal(self, x: ArrayLike) -> None:
@@ -71,8 +71,8 @@ class Hoyer(StrengthPenalty):
     def _majorizer(self, x: jax.Array) -> jax.Array:
         shape = _shape(x)
         norm = jnp.sqrt(jnp.sum(shape.x**2))
-        f = jnp.sum(jnp.abs(shape.x)) / norm
-        t_square = jnp.maximum(jnp.sum(shape.x != 0).astype(x.dtype) - f * f, 0)
+        f = jnp.sum(shape.x * shape.sign) / norm
+        t_square = jnp.maximum(jnp.sum(shape.sign**2) - f * f, 0)
         top = (f + jnp.sqrt(f * f + 4 * t_square)) / 2
         rows = self._factor(x) * top / (norm * shape.scale) / (norm * shape.scale)
         return jnp.broadcast_to(jnp.where(shape.is_zero, 0, rows), x.shape)
@@ -84,6 +84,7 @@ class Hoyer(StrengthPenalty):
 
 class _Shape(NamedTuple):
     x: jax.Array
+    sign: jax.Array
     scale: jax.Array
     is_zero: jax.Array
 
@@ -95,4 +96,7 @@ def _shape(x: jax.Array) -> _Shape:
     is_zero = largest == 0
     scale = jnp.where(is_zero, 1, largest)
     # both branches stay finite at x = 0, or its gradient would be NaN
-    return _Shape(jnp.where(is_zero, 1, x / scale), scale, is_zero)
+    scaled = jnp.where(is_zero, 1, x / scale)
+    # the signs of x, because beside a large entry a small one may have been scaled to 0; and
+    # x times its sign has derivative 0 at 0, where that of `jnp.abs` is 1
+    return _Shape(scaled, jnp.where(is_zero, 1, jnp.sign(x)), scale, is_zero)

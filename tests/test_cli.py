@@ -1,0 +1,188 @@
+"""The command line: files in and out, settings, and one clear line for every mistake."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import polars as pl
+import pytest
+
+from smallgain_jax import EnergyGraph, Landau, Quadratic, cli, relax, scenarios, telemetry
+from smallgain_jax.io import read_graph
+
+pytestmark = pytest.mark.once
+
+OUTPUTS = ["state.csv", "summary.json", "summary.txt", "telemetry.csv"]
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "edges.csv").write_text(
+        "source,target,weight\nann,bob,0.5\nbob,eve,1.0\neve,ann,\n", encoding="utf-8"
+    )
+    (tmp_path / "nodes.csv").write_text(
+        "node,a,target,start\nann,1,0,0.3\nbob,0.2,1,0.9\neve,0.5,0.5,0.1\n", encoding="utf-8"
+    )
+    return tmp_path
+
+
+def run(*arguments):
+    return cli.main(["relax", "edges.csv", "--nodes", "nodes.csv", *map(str, arguments)])
+
+
+def test_relax_writes_state_telemetry_and_summary(files, capsys):
+    assert run() == 0
+    out = files / "edges-relaxed"
+    assert sorted(path.name for path in out.iterdir()) == OUTPUTS
+    assert {path.name for path in files.iterdir()} == {"edges.csv", "nodes.csv", out.name}
+    with jax.enable_x64(True):
+        graph = read_graph("edges.csv", "nodes.csv").graph
+        # quadratic: the minimum solves a linear system, and lies inside the box
+        zero = jnp.zeros(3)
+        solution = -np.linalg.solve(jax.hessian(graph.energy)(zero), graph.gradient(zero))
+        energy = float(graph.energy(solution))
+    state = pl.read_csv(out / "state.csv")
+    assert state["node"].to_list() == ["ann", "bob", "eve"]
+    np.testing.assert_allclose(state["x"], solution, atol=1e-7)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["final_energy"] == pytest.approx(energy, abs=1e-12)
+    assert summary["converged"] is True
+    assert summary["optimality"] <= summary["tol"]
+    assert summary["precision"] == "float64"
+    told = pl.read_csv(out / "telemetry.csv")
+    assert told["step"].to_list() == list(range(summary["steps"]))
+    assert told["energy:reference"][0] == summary["start_energy"]
+    printed = capsys.readouterr()
+    assert (out / "summary.txt").read_text() in printed.out
+    # standard error is no terminal here: no bar
+    assert printed.err == ""
+
+
+def test_weighted_methods_write_their_margins(files):
+    assert run("--method", "auto_cap", "--steps", 5, "--rows", "--no-x64", "--out", "o/p") == 0
+    told = pl.read_csv(files / "o" / "p" / "telemetry.csv")
+    assert {"margin:global", "share:Quadratic", "margin:row:2"} <= set(told.columns)
+    assert told.height == 5
+    assert json.loads((files / "o/p/summary.json").read_text())["precision"] == "float32"
+
+
+def test_flags_override_the_configuration(files):
+    (files / "c.toml").write_text('method = "sgd"\nsteps = 7\ntol = 0.0\nout = "here"\n')
+    assert run("--config", "c.toml", "--steps", 4, "--learning-rate", 0.05) == 0
+    summary = json.loads((files / "here" / "summary.json").read_text())
+    assert (summary["method"], summary["steps"], summary["tol"]) == ("sgd", 4, 0.0)
+    assert summary["learning_rate"] == 0.05
+    # a second run takes the place of the first
+    assert run("--config", "c.toml") == 0
+    assert json.loads((files / "here" / "summary.json").read_text())["steps"] == 7
+    assert sorted(path.name for path in (files / "here").iterdir()) == OUTPUTS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["relax", "none.csv"], "none.csv: No such file"),
+        (["relax", "bad.csv"], "bad.csv, line 3, column 'weight': 'x' is not a number"),
+        (["relax", "edges.csv", "--nodes", "edges.csv"], "column 'node'"),
+        (["relax", "edges.csv", "--config", "bad.toml"], "bad.toml: Object contains unknown field"),
+        (["relax", "edges.csv", "--config", "type.toml"], "type.toml: Expected `int`"),
+        (["relax", "edges.csv", "--config", "syntax.toml"], "syntax.toml: "),
+        (["relax", "edges.csv", "--config", "none.toml"], "none.toml: No such file"),
+        (["relax", "edges.csv", "--stepz", "3"], "Unrecognized options: --stepz"),
+        (["relax", "edges.csv", "--steps", "x"], "--steps"),
+        (["relax", "edges.csv", "--steps", "-1"], "steps = -1 must not be negative"),
+        (["relax", "edges.csv", "--tol", "nan"], "tol = nan must be at least 0"),
+        (["relax", "edges.csv", "--lower", "2"], "lower = 2.0 must not exceed upper"),
+        (["relax", "edges.csv", "--method", "magic"], "magic"),
+        (["relax", "edges.csv", "--learning-rate", "1"], "learning_rate: method default has none"),
+        (["relax", "edges.csv", "--method", "sgd", "--learning-rate", "-1"], "learning_rate = -1"),
+        (["relax", "edges.csv", "--out", "nodes.csv"], "out = nodes.csv is a file"),
+        (["relax"], "PATH"),
+        (["frobnicate"], "frobnicate"),
+        ([], "relax"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(files, capsys, arguments, message):
+    (files / "bad.csv").write_text("source,target,weight\n0,1,1\n1,2,x\n")
+    (files / "bad.toml").write_text("stepz = 3\n")
+    (files / "type.toml").write_text('steps = "many"\n')
+    (files / "syntax.toml").write_text("steps = = 3\n")
+    before = sorted(files.rglob("*"))
+    assert cli.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("smallgain: error: ")
+    assert said.err.count("\n") == 1
+    assert message in said.err
+    assert sorted(files.rglob("*")) == before
+
+
+def test_failed_write_leaves_nothing(files, monkeypatch, capsys):
+    def fail(self, path):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(telemetry.Table, "write", fail)
+    assert run("--method", "sgd", "--steps", 2) == 2
+    assert "disk full" in capsys.readouterr().err
+    assert {path.name for path in files.iterdir()} == {"edges.csv", "nodes.csv"}
+
+
+def test_version_and_help(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("smallgain ")
+    assert cli.main(["relax", "--help"]) == 0
+    assert "--learning-rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("method", "tol"), [("default", 0.0), ("default", 1e-3), ("lbfgs", 0.0), ("auto_cap", 0.0)]
+)
+def test_chunks_change_nothing(method, tol):
+    # 23 steps make parts of two, and one of one
+    problem, steps = scenarios.baseline(), 23
+    optimizer = cli._OPTIMIZERS[method](problem.graph, 0.1, 0.9)
+    keep = telemetry.family_record(problem.graph)
+    whole = relax(problem.graph, problem.x0, optimizer, steps, tol=tol, record=keep)
+    calls = []
+    parts = cli.relax_in_chunks(
+        *(problem.graph, problem.x0, optimizer, steps, (0.0, 1.0)),
+        tol=tol,
+        record=keep,
+        progress=lambda made, energy: calls.append(made),
+    )
+    assert calls[0] == 0
+    assert calls == sorted(calls)
+    assert calls[-1] == steps
+    np.testing.assert_array_equal(parts.x, whole.x)
+    made = int(whole.info.steps)
+    assert int(parts.info.steps) == made
+    assert bool(parts.info.converged) == bool(whole.info.converged)
+    np.testing.assert_array_equal(parts.energy[: made + 1], whole.energy[: made + 1])
+    one, many = (telemetry.table(problem.graph, result) for result in (whole, parts))
+    assert list(one.columns) == list(many.columns)
+    for name, values in one.columns.items():
+        np.testing.assert_array_equal(many[name], values, err_msg=name)
+
+
+@pytest.mark.parametrize("method", cli._OPTIMIZERS)
+def test_every_method_makes_an_optimizer(method):
+    graph = EnergyGraph(Landau(a=jnp.ones(2)), [Quadratic([0], [1], 0.5)])
+    optimizer = cli._OPTIMIZERS[method](graph, 0.1, 0.9)
+    assert optimizer is None or isinstance(optimizer, optax.GradientTransformation)
+
+
+def test_bar_is_drawn_on_a_terminal_only(monkeypatch, capsys):
+    cli.progress_bar(10)(5, 1.0)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    draw = cli.progress_bar(10, width=10)
+    draw(0, float("nan"))
+    draw(5, 0.25)
+    draw(10, 0.125)
+    last = capsys.readouterr().err.split("\r")
+    assert "compiling" in last[1]
+    assert "[#####.....] 5/10 steps, energy 0.25" in last[2]
+    assert last[3].endswith("energy 0.125\n")
