@@ -57,12 +57,14 @@ def about() -> dict[str, Any]:
     }
 
 
-def timed(run: Callable[[], Any], repeats: int = 3) -> tuple[Any, dict[str, float]]:
-    """Result of `run`, its first (compiling) time, and the median of later ones, in seconds."""
+def timed(
+    run: Callable[..., Any], *arguments: Any, repeats: int = 3, **settings: Any
+) -> tuple[Any, dict[str, float]]:
+    """Result of a call, its first (compiling) time, and the median of later ones, in seconds."""
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        result = jax.block_until_ready(run())
+        result = jax.block_until_ready(run(*arguments, **settings))
         seconds.append(time.perf_counter() - start)
     return result, {"first_s": seconds[0], "run_s": statistics.median(seconds[1:])}
 
@@ -114,9 +116,7 @@ def relaxation(smoke: bool) -> list[dict[str, Any]]:
         runs, seconds = {}, {}
         for name, optimizer in methods.items():
             steps = 20 if smoke else 100
-            result, seconds[name] = timed(
-                lambda o=optimizer, s=steps: sg.relax(graph, x0, o, steps=s), repeats=1
-            )
+            result, seconds[name] = timed(sg.relax, graph, x0, optimizer, steps, repeats=1)
             runs[name] = np.asarray(result.energy)
             seconds[name]["s_per_step"] = seconds[name]["run_s"] / steps
         runs["SciPy L-BFGS-B"], total = lbfgsb(scenario, 20 if smoke else 300)
@@ -147,11 +147,8 @@ def allocation(smoke: bool) -> list[dict[str, Any]]:
         matrix = csr_matrix(entries, shape=(graph.num_nodes, len(value)))
         best = -scipy.optimize.linprog(-value, A_ub=matrix, b_ub=budget, bounds=(0, 0.2)).fun
         for rounds, repricings in ((1, 0), (8, 0), (8, 3)):
-            spend, seconds = timed(
-                lambda r=rounds, p=repricings: _allocate(
-                    value, cost, rows, lower, upper, budget, rounds=r, repricings=p
-                )
-            )
+            problem = (value, cost, rows, lower, upper, budget)
+            spend, seconds = timed(_allocate, *problem, rounds=rounds, repricings=repricings)
             share = float(value @ (np.asarray(spend.weights) - lower) / best)
             row = {"kind": kind, "terms": len(value), "rounds": rounds, "repricings": repricings}
             table.append(row | {"share_of_optimum": share} | seconds)

@@ -39,8 +39,8 @@ graph.num_nodes, graph.num_edges, graph.keys
 # %% [markdown]
 # ## Where the margin goes
 #
-# Row sums bound the Hessian from above; ten scalings bring the bound to the Perron root. The largest
-# eigenvalue is what it stands for.
+# Row sums bound the Hessian from above; ten scalings bring the bound to the Perron root. The
+# largest eigenvalue is what it stands for.
 
 # %%
 plain = graph.curvature(x0)

@@ -1,5 +1,6 @@
 """Stability margins of optimizers as a budget: measured, priced, and spent where it pays."""
 
+from smallgain_jax import penalties as penalties
 from smallgain_jax import plots as plots
 from smallgain_jax import presets as presets
 from smallgain_jax import scenarios as scenarios

@@ -25,6 +25,11 @@ def float_dtype(*values: Any) -> jnp.dtype:
     return jnp.promote_types(jnp.result_type(*values, jnp.float32), jnp.float32)
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+    """`tree` with the dtypes of `like`, whatever the graph's own precision made of it."""
+    return jax.tree.map(lambda leaf, old: jnp.asarray(leaf, jnp.asarray(old).dtype), tree, like)
+
+
 def as_float(name: str, value: Numbers) -> jax.Array:
     """`value` as a floating array; integers take JAX's default float dtype."""
     array = jnp.asarray(value)
@@ -61,6 +66,9 @@ def broadcast(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     if is_concrete(array):
         return jnp.asarray(np.broadcast_to(np.asarray(array), shape))
     return jnp.broadcast_to(array, shape)
+
+
+PARAMS_NEEDED = "params must be given to update: the step depends on where it is taken"
 
 
 def check_finite(name: str, value: ArrayLike, *, low: float | None = None) -> None:

@@ -64,8 +64,8 @@ def allocate(
       exceeded by more than the rounding of a sum in that dtype.
 
     Raises:
-      ValueError: an unknown policy, rounds < 1, repricings < 0, shapes that do not fit, or (concrete arguments)
-        lower > upper, a negative or non-finite cost, a row outside 0..R-1.
+      ValueError: an unknown policy, rounds < 1, repricings < 0, shapes that do not fit, or
+        (concrete arguments) lower > upper, a negative or non-finite cost, a row outside 0..R-1.
 
     >>> spend = allocate(
     ...     value=[3.0, 2.0], cost=[[1.0], [1.0]], rows=[[0], [0]],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from smallgain_jax._checks import float_dtype
+from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
 from smallgain_jax.acceptance import Box, Search, Trial, armijo, directional_curvature
 from smallgain_jax.curvature import Activity
 from smallgain_jax.energy import EnergyGraph
@@ -57,9 +57,9 @@ def majorized_descent(
     One step: $z = D^{-1} g$ on the free nodes; $p = -z + \beta p$ with
     $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where
     $p$ is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection
-    onto the box and t = 1, halved until Armijo's condition holds. An accepted step never increases the
-    energy; a failed search leaves the state where it was. No guarantee rests on the smoothing: it
-    only chooses the metric.
+    onto the box and t = 1, halved until Armijo's condition holds. An accepted step never increases
+    the energy; a failed search leaves the state where it was. No guarantee rests on the smoothing:
+    it only chooses the metric.
 
     Args:
       graph: the energy to minimize.
@@ -103,7 +103,7 @@ def majorized_descent(
     ) -> tuple[jax.Array, MajorizedDescentState]:
         del extra_args
         if params is None:
-            raise ValueError(optax.base.NO_PARAMS_MSG)
+            raise ValueError(PARAMS_NEEDED)
         box = Box(*bounds) if bounds is not None else own_box or Box(-jnp.inf, jnp.inf)
         dtype = state.grad.dtype
         x, gradient = params.astype(dtype), updates.astype(dtype)
@@ -137,7 +137,7 @@ def majorized_descent(
             direction,
             info,
         )
-        return step.astype(updates.dtype), new_state
+        return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -47,12 +47,13 @@ def relax(
     r"""Minimize a graph's reference energy over a box.
 
     A `lax.scan` over $x \leftarrow P(x + u)$ with u the optimizer's update for the gradient on the
-    free nodes (those not held at a bound). Jittable and differentiable in the graph and the start,
-    `vmap` relaxes a batch. Line searches inside an optimizer see the energy of the projected state.
+    free nodes (those not held at a bound). Jittable and differentiable in the graph and the start
+    (optimizers with loops of their own, such as optax's line searches, only forwards); `vmap`
+    relaxes a batch. Line searches inside an optimizer see the energy of the projected state.
 
     Args:
       graph: the energy.
-      x0: start [n] or [n, d]; projected onto the box first.
+      x0: start [n] or [n, d], taken in the dtype of its energy; projected onto the box first.
       optimizer: any optax transformation; None is `majorized_descent`, the library's best.
       steps: number of updates, static.
       bounds: (lower, upper), scalars or shaped like x0; None for no box.
@@ -78,6 +79,7 @@ def relax(
             f"x0 has shape {x0.shape}, expected [{graph.num_nodes}] or [{graph.num_nodes}, d]"
         )
     check_finite("x0", x0)
+    x0 = x0.astype(jax.eval_shape(graph.energy, x0).dtype)
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
     box = _box(bounds, x0)
@@ -94,6 +96,12 @@ def _box(bounds: tuple[ArrayLike, ArrayLike] | None, x0: jax.Array) -> Box | Non
     if is_concrete((lower, upper)) and not bool(jnp.all(lower <= upper)):
         raise ValueError("bounds: lower must not exceed upper")
     return Box(lower, upper)
+
+
+def _stores_gradient(state: Any) -> bool:
+    """Whether the optimizer kept value and gradient of where it went, as L-BFGS does."""
+    found = [optax.tree.get_all_with_path(state, name) for name in ("value", "grad")]
+    return all(len(hits) == 1 and hits[0][1] is not None for hits in found)
 
 
 class _Carry(NamedTuple):
@@ -133,7 +141,7 @@ def _relax(
             # an infinite value: nothing is stored yet
             fresh = partial(jax.value_and_grad(graph.energy), x)
             return jax.lax.cond(jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh)
-        if box is None:
+        if box is None and _stores_gradient(state):
             return optax.value_and_grad_from_state(objective)(x, state=state)
         # a stored gradient would be that of the projected objective, blind beyond the bound
         return jax.value_and_grad(graph.energy)(x)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import check_fraction, float_dtype
+from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, float_dtype
 from smallgain_jax.acceptance import (
     Box,
     Trial,
@@ -182,10 +182,11 @@ def reweighted(
         **extra_args: Any,
     ) -> tuple[jax.Array, SmallGainState]:
         if params is None:
-            raise ValueError(optax.base.NO_PARAMS_MSG)
+            raise ValueError(PARAMS_NEEDED)
         here = _look(graph, settings, updates, state, params, bounds)
         held, scores = _roll_back(here, state)
-        decided = rule(graph, here.snapshot, held, scores)
+        # a decision, not a function to differentiate: sorting and shrinking have no useful slope
+        decided = jax.lax.stop_gradient(rule(graph, here.snapshot, held, scores))
         decided = _select(here.finite, decided, unspent(here.snapshot, held, scores))
         weights = _shrink_to_angle(here, decided.weights) if reference else decided.weights
 
@@ -242,7 +243,7 @@ def reweighted(
             base_state=_select(here.finite, chosen.base_state, state.base_state),
             info=info,
         )
-        return step.astype(updates.dtype), new_state
+        return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

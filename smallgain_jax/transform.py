@@ -60,6 +60,8 @@ def small_gain(
     limits are stationary points of what the user wrote (Zoutendijk; Nocedal and Wright, theorem
     3.2). In the mode "adapted" they are hyperparameters, and $F(x; w)$ is what decreases.
 
+    Derivatives through an update take the allocated weights as constants.
+
     Args:
       base_optimizer: any optax optimizer, line searches included.
       terms: the objective as an `EnergyGraph`; None leaves the base optimizer's update as it is.
@@ -96,6 +98,7 @@ def small_gain(
     Raises:
       ValueError: an unknown name, or a concrete number outside its range.
 
+    >>> import jax.numpy as jnp
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> optimizer = small_gain(optax.sgd(0.1), graph)
@@ -168,6 +171,7 @@ def gradnorm(
     Returns:
       An optax transformation with the state of `small_gain`.
 
+    >>> import jax.numpy as jnp
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> state = gradnorm(optax.sgd(0.1), graph).init(jnp.array([1.0, 0.5]))
@@ -203,6 +207,7 @@ def auto_cap(
     Returns:
       An optax transformation with the state of `small_gain`.
 
+    >>> import jax.numpy as jnp
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> auto_cap(optax.sgd(0.1), graph).init(jnp.array([1.0, 0.5])).count.item()

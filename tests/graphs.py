@@ -11,6 +11,9 @@ import smallgain_jax as sg
 from smallgain_jax.energy.build import term_order
 from smallgain_jax.scenarios import random_graph
 
+SLACK = 8
+"""Rounding of an energy evaluated by two programs, in units of its eps."""
+
 RECORDED = json.loads((Path(__file__).parent / "data" / "original.json").read_text())
 FAMILY_OF = {
     "QuadraticCoupling": "quadratic",
@@ -46,7 +49,7 @@ def fixed_shape_graph(kind, seed, num_nodes=20, num_edges=60):
             array = np.asarray(getattr(family, name))
             return np.append(array, np.full(missing, fill.get(name, 1.0), array.dtype))
 
-        names = [name for name in vars(family)]
+        names = list(vars(family))
         return type(family)(**{name: padded(name) for name in names})
 
     return sg.EnergyGraph(graph.local, [pad(family) for family in graph.edges])
@@ -75,6 +78,7 @@ def steps_to(energy, minimum, share):
 
 __all__ = [
     "RECORDED",
+    "SLACK",
     "dense_matrix",
     "fixed_shape_graph",
     "recorded_graph",

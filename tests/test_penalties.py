@@ -234,7 +234,7 @@ def test_agrees_with_finite_differences(name):
     # no kink (a zero for Hoyer, a tie for TopK) within the stencil
     x = np.sign(x) * (np.abs(x) + 0.1)
     smooth = np.min(np.diff(np.sort(np.abs(x), axis=1), axis=1), axis=1) > 0.02
-    h = L(1) / 1024
+    h = L(1) / 8192
 
     differences = [0, 0]
     for i, c in ((-2, 1), (-1, -8), (1, 8), (2, -1)):
@@ -244,9 +244,8 @@ def test_agrees_with_finite_differences(name):
         ]
     ours = everything(name, True)(x, v)
     slope = np.sum(np.asarray(ours["gradient"]) * v, axis=1)
-    # the stencil's own error is h^4 / 30 = 3e-14 times a fifth derivative, 1e3 to 1e6 here
-    close(slope[smooth], differences[0][smooth], 5e-9 if name == "jumprelu" else 1e-10)
-    close(np.asarray(ours["hvp"])[smooth], differences[1][smooth], 5e-8)
+    close(slope[smooth], differences[0][smooth])
+    close(np.asarray(ours["hvp"])[smooth], differences[1][smooth])
 
 
 @every
@@ -261,11 +260,11 @@ def test_log_parameters_agree_with_finite_differences(name):
     assert gradient.shape == (50, count)
     if not count:
         return
-    h = 1e-3
+    h = 2.5e-4
     offsets = h * np.array([-2, -1, 1, 2])[:, None, None] * np.eye(count)
     at = jax.vmap(lambda rho: jax.vmap(penalty.with_log_parameters(rho))(jnp.asarray(x)))
     values = jax.jit(jax.vmap(at))(np.asarray(penalty.log_parameters) + offsets)
-    close(gradient.T, np.einsum("i,ikn->kn", np.array([1, -8, 8, -1]) / (12 * h), values), 2e-9)
+    close(gradient.T, np.einsum("i,ikn->kn", np.array([1, -8, 8, -1]) / (12 * h), values))
 
 
 @every
@@ -375,16 +374,19 @@ def test_reweighted_squares_bound_the_penalty_everywhere(name):
 def test_fisher_times_kappa_bounds_the_entropy():
     """The diagonal that the docstring of SoftmaxEntropy claims for `majorized_step`."""
     penalty = SIX["entropy"]()
-    x = jnp.asarray(np.random.default_rng(10).normal(size=(POINTS, D)) * 3)
-    a = jax.nn.softmax(x / TAU)
-    c = -jnp.log(a) + jnp.sum(a * jnp.log(a), axis=1, keepdims=True)
-    kappa = jnp.maximum(c.max(axis=1, keepdims=True) - 1, 1)
+    x = np.random.default_rng(10).normal(size=(POINTS, D)) * 3
+    z = x / TAU
+    a = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    c = -np.log(a) + (a * np.log(a)).sum(1, keepdims=True)
+    kappa = np.maximum(c.max(1, keepdims=True) - 1, 1)
     rows = WEIGHT / TAU**2 * kappa * a
-    gap = rows[:, :, None] * jnp.eye(D)[None] - batch(penalty.row_hessian)(x)
+    gap = rows[:, :, None] * np.eye(D) - everything("entropy", True)(x, directions())["hessian"]
     assert np.linalg.eigvalsh(gap).min() >= -1e-12
-    stepped = penalty.majorized_step(x, 0.5)
-    close(stepped, x - 0.5 * penalty.gradient(x) / rows)
-    close(jax.nn.softmax(stepped / TAU), jax.nn.softmax((1 + 0.5 / kappa) * x / TAU))
+    stepped = np.asarray(batch(lambda x: penalty.majorized_step(x, 0.5))(x))
+    close(stepped, x - 0.5 * WEIGHT / TAU * a * c / rows)
+    cooled = np.exp((1 + 0.5 / kappa) * z)
+    stepped = np.exp(stepped / TAU)
+    close(stepped / stepped.sum(1, keepdims=True), cooled / cooled.sum(1, keepdims=True))
 
 
 # --- softmax entropy: pinned figures, derivatives ------------------------------------------------
@@ -740,8 +742,9 @@ def test_effective_parameters():
 @pytest.mark.x64
 def test_invariances():
     x = jnp.asarray(np.random.default_rng(19).normal(size=D))
+    hoyer = jax.jit(lambda x: Hoyer()(x))
     for scale in (1e-200, 1e-3, 1e200):
-        close(Hoyer()(scale * x), Hoyer()(x))
+        close(hoyer(scale * x), hoyer(x))
     close(SoftmaxEntropy(D)(x + 1e3), SoftmaxEntropy(D)(x))
     close(SoftmaxEntropy(D)(jnp.zeros(D)), np.log(D))
     assert Hoyer()(jnp.zeros(3)) == 0
@@ -750,12 +753,14 @@ def test_invariances():
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("k", range(1, D + 1))
+@pytest.mark.parametrize("k", [1, 3, D])
 def test_top_k_breaks_ties_by_the_lower_index(k):
     x = np.random.default_rng(20).integers(-2, 3, (500, D)).astype(np.float32)
     _, gradient, _, _ = ref_top_k(x.astype(L), k)
-    np.testing.assert_allclose(TopK(k, weight=WEIGHT).gradient(x), gradient, rtol=1e-6)
-    mask = np.asarray(TopK(k).mask(x))
+    np.testing.assert_allclose(
+        eqx.filter_jit(TopK(k, weight=WEIGHT).gradient)(x), gradient, rtol=1e-6
+    )
+    mask = np.asarray(eqx.filter_jit(TopK(k).mask)(x))
     assert np.all(mask.sum(axis=1) == k)
 
 

