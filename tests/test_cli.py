@@ -1,9 +1,11 @@
 """The command line: files in and out, settings, and one clear line for every mistake."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import optax
 import polars as pl
@@ -31,6 +33,13 @@ def files(tmp_path, monkeypatch):
 
 def run(*arguments):
     return cli.main(["relax", "edges.csv", "--nodes", "nodes.csv", *map(str, arguments)])
+
+
+def test_shipped_configs_are_valid():
+    shipped = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
+    assert shipped
+    for path in shipped:
+        msgspec.toml.decode(path.read_bytes(), type=cli.Settings)
 
 
 def test_relax_writes_state_telemetry_and_summary(files, capsys):
