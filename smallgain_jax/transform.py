@@ -13,6 +13,9 @@ from smallgain_jax.reweight import SmallGainInfo as SmallGainInfo
 from smallgain_jax.reweight import SmallGainState as SmallGainState
 from smallgain_jax.weighting import VALUES, allocation_rule, cap_rule, gradnorm_rule
 
+STATIC = ("every", "scaling_iterations", "max_backtracks", "rounds")
+"""Arguments of `small_gain` that shape the program: `static_args` of `inject_hyperparams`."""
+
 
 def small_gain(
     base_optimizer: optax.GradientTransformation,
@@ -82,13 +85,13 @@ def small_gain(
       ema: weight of the newest score in its average, in (0, 1].
       smoothing: hinge pricing, as in `EnergyGraph.curvature`; None prices hinges as active, under
         which the guard is a guarantee wherever the bound holds along the step.
-      scaling_iterations: power iterations that tighten the rows.
+      scaling_iterations: power iterations that tighten the rows, static.
       row_gains: whether step 3 is taken.
       guard: "measured" takes the curvature along u in place of the sum over rows, which admits
         longer steps (momentum needs them) and leaves the proof to step 5; "majorized" is the
         formula above; None leaves u as it is.
       min_cosine: smallest cosine between a step and the reference descent direction.
-      max_backtracks: halvings before a step counts as failed.
+      max_backtracks: halvings before a step counts as failed, static.
       rounds: of `allocate`.
 
     Returns:

@@ -461,7 +461,7 @@ class TestWriting:
         numbers = all(label.isdecimal() and str(int(label)) == label for label in labels)
         assert node == ([int(label) for label in labels] if numbers else list(labels))
         assert list(values) == (["x"] if len(shape) == 1 else ["x0", "x1"])
-        read = np.stack(list(values.values()), axis=1).astype(np.float32).reshape(shape)
+        read = np.stack(list(values.values()), axis=1).astype(x.dtype).reshape(shape)
         np.testing.assert_array_equal(read, np.asarray(x))
 
     def test_state_of_a_graph_that_was_read(self, tmp_path, suffix):

@@ -215,7 +215,7 @@ class TestContract:
         graph = problem().graph
         make = optax.inject_hyperparams(
             sg.small_gain,
-            static_args=("base_optimizer", "terms", "every", "max_backtracks", "rounds"),
+            static_args=("base_optimizer", "terms", *sg.transform.STATIC),
         )
         optimizer = make(
             base_optimizer=optax.sgd(0.1),
