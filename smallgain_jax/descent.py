@@ -86,11 +86,35 @@ def majorized_descent(
 
     def init(params: jax.Array) -> MajorizedDescentState:
         dtype = float_dtype(params)
-        zero, like = jnp.zeros((), dtype), jnp.zeros(params.shape, dtype)
-        count = jnp.zeros((), jnp.int32)
-        info = DescentInfo(jnp.ones((), bool), jnp.ones((), bool), zero, count, count, zero)
+
+        # every field its own buffer: a donated state may not alias itself
+        def like() -> jax.Array:
+            return jnp.zeros(params.shape, dtype)
+
+        def scalar(fill: float = 0.0) -> jax.Array:
+            return jnp.full((), fill, dtype)
+
+        def counter() -> jax.Array:
+            return jnp.zeros((), jnp.int32)
+
+        info = DescentInfo(
+            accepted=jnp.ones((), bool),
+            restarted=jnp.ones((), bool),
+            step_size=scalar(),
+            last_step_backtracks=counter(),
+            total_backtracks=counter(),
+            lipschitz=scalar(),
+        )
         # an infinite value tells value_and_grad_from_state that nothing is stored yet
-        return MajorizedDescentState(count, zero + jnp.inf, like, like, zero, like, info)
+        return MajorizedDescentState(
+            count=counter(),
+            value=scalar(jnp.inf),
+            grad=like(),
+            descent_gradient=like(),
+            scaled_norm=scalar(),
+            direction=like(),
+            info=info,
+        )
 
     def update(
         updates: jax.Array,

@@ -162,6 +162,16 @@ def test_resumes_bit_for_bit_from_a_checkpoint(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole.state, rest.state)
 
 
+def test_state_of_the_default_may_be_donated():
+    scenario = scenarios.baseline()
+    optimizer = sg.majorized_descent(scenario.graph)
+    step = jax.jit(lambda g, s, x: optimizer.update(g, s, x), donate_argnums=1)
+    state = optimizer.init(scenario.x0)
+    for _ in range(2):
+        updates, state = step(scenario.graph.gradient(scenario.x0), state, scenario.x0)
+    assert jnp.isfinite(updates).all()
+
+
 def test_sharded_batch_equals_one_device(eps):
     devices = jax.devices()
     assert len(devices) == 8
