@@ -191,17 +191,38 @@ def write_state(path: PathLike, x: jax.Array | np.ndarray, labels: Sequence[str]
     'node,x\\nann,0.5\\nbob,1.0\\n'
     """
     path, state = Path(path), np.asarray(x)
-    if path.suffix.lower() not in _WRITERS:
-        raise ValueError(f"path = {path} must end in one of {', '.join(_WRITERS)}")
+    _check_suffix(path)
     if state.ndim not in (1, 2):
         raise ValueError(f"x has shape {state.shape}, expected [n] or [n, d]")
     if len(labels) != state.shape[0]:
         raise ValueError(f"labels has {len(labels)} entries, expected {state.shape[0]}, one a node")
     values = {"x": state} if state.ndim == 1 else {f"x{c}": v for c, v in enumerate(state.T)}
+    write_table(path, {"node": _node_column(labels), **values})
+
+
+def write_table(
+    path: PathLike, columns: dict[str, np.ndarray], text: Callable[[Any], str] = str
+) -> None:
+    """Write columns of one length as a table, or nothing.
+
+    Args:
+      path: `.csv`, `.parquet` or `.npz`.
+      columns: arrays [rows] by name.
+      text: how a CSV cell prints a value.
+
+    Raises:
+      ValueError: another suffix.
+      ImportError: Parquet without polars.
+    """
+    path = Path(path)
+    _check_suffix(path)
     writer = _WRITERS[path.suffix.lower()]
-    write_atomic(
-        path, lambda temporary: writer(temporary, {"node": _node_column(labels), **values})
-    )
+    write_atomic(path, lambda temporary: writer(temporary, columns, text))
+
+
+def _check_suffix(path: Path) -> None:
+    if path.suffix.lower() not in _WRITERS:
+        raise ValueError(f"path = {path} must end in one of {', '.join(_WRITERS)}")
 
 
 def _node_column(labels: Sequence[str]) -> np.ndarray:
@@ -213,23 +234,27 @@ def _node_column(labels: Sequence[str]) -> np.ndarray:
     return names
 
 
-def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
+Columns = dict[str, np.ndarray]
+
+
+def _write_csv(path: Path, columns: Columns, text: Callable[[Any], str]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(columns)
         # numpy's own scalars print the shortest text that reads back the same in their dtype
-        writer.writerows(zip(*(map(str, column) for column in columns.values()), strict=True))
+        writer.writerows(zip(*(map(text, column) for column in columns.values()), strict=True))
 
 
-def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
+def _write_parquet(path: Path, columns: Columns, text: Callable[[Any], str]) -> None:
     optional_module("polars", "parquet").DataFrame(columns).write_parquet(path)
 
 
-def _write_npz(path: Path, columns: dict[str, Any]) -> None:
-    np.savez(path, **columns)
+def _write_npz(path: Path, columns: Columns, text: Callable[[Any], str]) -> None:
+    arrays: dict[str, Any] = columns
+    np.savez(path, **arrays)
 
 
-_WRITERS: dict[str, Callable[[Path, dict[str, np.ndarray]], None]] = {
+_WRITERS: dict[str, Callable[[Path, Columns, Callable[[Any], str]], None]] = {
     ".csv": _write_csv,
     ".parquet": _write_parquet,
     ".npz": _write_npz,

@@ -21,11 +21,9 @@ A key is a family of edges, as in `EnergyGraph.keys`; rows of vector nodes are `
 optimizer that knows less has fewer columns: majorized descent has no weights and no limit.
 """
 
-import csv
 import html
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -34,7 +32,7 @@ import optax
 
 from smallgain_jax.descent import DescentInfo, MajorizedDescentState
 from smallgain_jax.energy import EnergyGraph
-from smallgain_jax.io import PathLike, optional_module, write_atomic
+from smallgain_jax.io import PathLike, write_table
 from smallgain_jax.relax import RelaxResult
 from smallgain_jax.transform import SmallGainInfo, SmallGainState
 
@@ -207,10 +205,7 @@ class Table:
           ValueError: another suffix.
           ImportError: Parquet without polars.
         """
-        suffix = Path(path).suffix.lower()
-        if suffix not in _WRITERS:
-            raise ValueError(f"path = {path} must end in one of {', '.join(_WRITERS)}")
-        write_atomic(path, lambda temporary: _WRITERS[suffix](temporary, self.columns))
+        write_table(path, self.columns, _csv_cell)
 
 
 def _cell(value: Any) -> str:
@@ -219,30 +214,8 @@ def _cell(value: Any) -> str:
     return str(value)
 
 
-def _write_csv(path: Path, columns: dict[str, np.ndarray]) -> None:
-    def text(value: Any) -> str:
-        return "" if isinstance(value, np.floating) and np.isnan(value) else str(value)
-
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(map(text, column) for column in columns.values()), strict=True))
-
-
-def _write_parquet(path: Path, columns: dict[str, np.ndarray]) -> None:
-    optional_module("polars", "parquet").DataFrame(columns).write_parquet(path)
-
-
-def _write_npz(path: Path, columns: dict[str, np.ndarray]) -> None:
-    arrays: dict[str, Any] = columns
-    np.savez(path, **arrays)
-
-
-_WRITERS: dict[str, Callable[[Path, dict[str, np.ndarray]], None]] = {
-    ".csv": _write_csv,
-    ".parquet": _write_parquet,
-    ".npz": _write_npz,
-}
+def _csv_cell(value: Any) -> str:
+    return "" if isinstance(value, np.floating) and np.isnan(value) else str(value)
 
 
 def table(graph: EnergyGraph, result: RelaxResult, *, rows: bool = False) -> Table:
