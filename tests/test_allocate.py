@@ -1,14 +1,16 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy.optimize import linprog
+from scipy.optimize import linprog, minimize
 from scipy.sparse import csr_matrix, vstack
 
 import smallgain_jax as sg
 from smallgain_jax.scenarios import KINDS, random_graph
 
-allocate = jax.jit(sg.allocate, static_argnames=("policy", "rounds", "repricings"))
+allocate = jax.jit(sg.allocate, static_argnames=("policy", "rounds", "repricings", "bins"))
 
 
 def random_problem(rng, terms=24, rows=10):
@@ -177,6 +179,175 @@ def test_awkward_inputs():
     np.testing.assert_array_equal(free.weights, [1.0])
 
 
+def shares_problem(rng, terms=20, num_rows=1):
+    """Costs on every row, budgets from a twentieth of what all would take to more than that."""
+    value = rng.lognormal(0, 2, terms)
+    cost = rng.lognormal(0, 1, (terms, num_rows)) * (rng.random((terms, num_rows)) > 0.2)
+    lower = rng.uniform(0.1, 1, terms)
+    upper = lower + rng.uniform(0, 3, terms)
+    full = np.sum(cost * (upper - lower)[:, None], axis=0)
+    rows = np.broadcast_to(np.arange(num_rows), cost.shape)
+    return value, cost, rows, lower, upper, full * rng.uniform(0.05, 1.1, num_rows)
+
+
+fair = jax.jit(partial(sg.allocate, policy="fair"))
+
+
+def test_fair_shares_of_one_budget_meet_the_kkt_conditions(eps):
+    rng = np.random.default_rng(0)
+    problems = [shares_problem(rng) for _ in range(200)]
+    batch = [jnp.asarray(np.stack(field)) for field in zip(*problems)]
+    spend = jax.jit(jax.vmap(partial(sg.allocate, policy="fair")))(*batch)
+    for problem, weights in zip(problems, np.asarray(spend.weights, float)):
+        value, cost, _, lower, upper, budget = problem
+        cost = cost[:, 0]
+        # rounding of w - l relative to what the budget buys
+        slack = 200 * eps * np.sum(cost * weights)
+        spent = np.sum(cost * (weights - lower))
+        assert spent <= budget[0] + slack
+        inside = (
+            (weights > lower * (1 + 10 * eps)) & (weights < upper * (1 - 10 * eps)) & (cost > 0)
+        )
+        if budget[0] < np.sum(cost * (upper - lower)):
+            assert spent >= budget[0] - slack
+        else:
+            np.testing.assert_allclose(weights, upper, rtol=10 * eps)
+        if inside.any():
+            # one price for all: v / (c w) is mu inside, no more at the top, no less at the bottom
+            price = value[inside] / (cost[inside] * weights[inside])
+            np.testing.assert_allclose(price, price[0], rtol=1e-5 if eps > 1e-10 else 1e-9)
+            at_lower = (weights <= lower * (1 + eps)) & (cost > 0)
+            at_upper = (weights >= upper * (1 - eps)) & (cost > 0)
+            marginal = value / (np.where(cost > 0, cost, 1) * weights)
+            assert (marginal[at_lower & (upper > lower)] <= price[0] * (1 + 1e-5)).all()
+            assert (marginal[at_upper & (upper > lower)] >= price[0] * (1 - 1e-5)).all()
+
+
+def largest_mean_log(value, matrix, limits, lower, upper):
+    """The optimum of the fair problem by SciPy's SLSQP."""
+    budgets = {
+        "type": "ineq",
+        "fun": lambda w: 1 - matrix.T @ (w - lower) / limits,
+        "jac": lambda w: -matrix.T / limits[:, None],
+    }
+    solved = minimize(
+        lambda w: -value @ np.log(w),
+        lower,
+        jac=lambda w: -value / w,
+        bounds=list(zip(lower, upper)),
+        constraints=budgets,
+        method="SLSQP",
+        options=dict(maxiter=1000, ftol=1e-14),
+    )
+    return -solved.fun
+
+
+@pytest.mark.parametrize("num_rows", [2, 6])
+def test_fair_shares_of_many_budgets_against_slsqp(num_rows, eps):
+    rng = np.random.default_rng(num_rows)
+    for _ in range(6):
+        problem = shares_problem(rng, 16, num_rows)
+        value, cost, _, lower, upper, budget = problem
+        value = value / value.sum()
+        total = 0.5 * np.sum(cost.max(axis=1) * (upper - lower))
+        matrix = np.concatenate([cost, cost.max(axis=1)[:, None]], axis=1)
+        limits = np.append(budget, total)
+        best = largest_mean_log(value, matrix, limits, lower, upper)
+        weights = np.asarray(fair(*problem, total).weights, float)
+        assert value @ np.log(weights) >= best - (1e-7 if eps < 1e-10 else 1e-5)
+        assert (matrix.T @ (weights - lower) <= limits + 200 * eps * (matrix.T @ weights)).all()
+
+
+def test_fair_shares_of_a_graph_are_feasible_and_close_to_the_optimum(eps):
+    # many rows: all priced at once; the optimum by ten times the rounds
+    rng = np.random.default_rng(4)
+    rows = rng.integers(50, size=(200, 2))
+    value, cost = rng.lognormal(0, 2, 200), rng.lognormal(0, 1, (200, 2))
+    lower = rng.uniform(0.1, 1, 200)
+    upper = lower + rng.uniform(0, 3, 200)
+    full = np.zeros(50)
+    np.add.at(full, rows, cost * (upper - lower)[:, None])
+    problem = value, cost, rows, lower, upper, full * rng.uniform(0.05, 1.1, 50)
+    spend, best = (allocate(*problem, policy="fair", rounds=rounds).weights for rounds in (8, 80))
+    spent, whole = np.zeros(50), np.zeros(50)
+    np.add.at(spent, rows, cost * (np.asarray(spend, float) - lower)[:, None])
+    np.add.at(whole, rows, cost * upper[:, None])
+    assert (spent <= problem[-1] + 20 * eps * whole).all()
+    utility = lambda w: value @ np.log(np.asarray(w, float)) / value.sum()
+    assert utility(spend) >= utility(best) - 1e-3
+    assert utility(spend) > utility(allocate(*problem).weights)
+
+
+def test_fair_shares_of_awkward_budgets():
+    one, two = np.ones(2), np.zeros((2, 1), int)
+    free = fair(one, [[0.0], [1.0]], two, 0.1 * one, one, [0.0])
+    np.testing.assert_allclose(free.weights, [1.0, 0.1], rtol=1e-6)
+    worthless = fair([0.0, np.nan], np.ones((2, 1)), two, 0.1 * one, one, [5.0])
+    np.testing.assert_allclose(worthless.weights, [0.1, 0.1], rtol=1e-6)
+    unlimited = fair(one, np.ones((2, 1)), two, 0 * one, one, [np.inf])
+    np.testing.assert_allclose(unlimited.weights, one)
+    from_zero = fair([3.0, 1.0], np.ones((2, 1)), two, 0 * one, one, [0.4])
+    np.testing.assert_allclose(from_zero.weights, [0.3, 0.1], rtol=1e-6)
+    nothing = sg.allocate(
+        np.zeros(0), np.zeros((0, 2)), np.zeros((0, 2), int), [], [], [1.0], policy="fair"
+    )
+    assert nothing.weights.shape == (0,)
+
+
+def test_fair_gives_no_gradient_of_its_prices():
+    problem = shares_problem(np.random.default_rng(0), 4)
+    slope = jax.jit(
+        jax.grad(lambda v: jnp.sum(sg.allocate(v, *problem[1:], policy="fair").weights))
+    )
+    np.testing.assert_array_equal(slope(jnp.asarray(problem[0], float)), np.zeros(4))
+
+
+def in_sequence(value, cost, rows, room, budget):
+    """The greedy that serves one term after the other, in order of value over cost."""
+    taken, left = np.zeros_like(room), budget.copy()
+    paid = cost.sum(axis=1)
+    for k in np.argsort(-value / np.where(paid > 0, paid, 1e-300), kind="stable"):
+        reach = [left[r] / c for r, c in zip(rows[k], cost[k]) if c > 0]
+        taken[k] = max(0.0, min([room[k], *reach])) if value[k] > 0 else 0.0
+        np.subtract.at(left, rows[k], cost[k] * taken[k])
+    return taken
+
+
+def test_classes_of_score_are_worth_the_sequential_greedy(eps):
+    for seed in range(8):
+        value, cost, rows, lower, upper, budget = graph_problem(seed)
+        room = upper - lower
+        best = value @ in_sequence(value, cost, rows, room, budget)
+        pad = 1800 - len(value)
+        grown = [
+            np.pad(f, [(0, pad)] + [(0, 0)] * (f.ndim - 1))
+            for f in (value, cost, rows, lower, upper)
+        ]
+        spend = allocate(*grown, budget, bins=32, rounds=3)
+        weights = np.asarray(spend.weights, float)[: len(value)]
+        slack = rounding(cost, rows, upper, len(budget)) * eps
+        spent = np.zeros(len(budget))
+        np.add.at(spent, rows, cost * (weights - lower)[:, None])
+        assert (spent <= budget + slack).all()
+        assert value @ (weights - lower) >= 0.98 * best
+
+
+def test_classes_of_score_never_exceed_a_budget(eps):
+    rng = np.random.default_rng(7)
+    problems = [random_problem(rng) for _ in range(1000)]
+    batch = [jnp.asarray(np.stack(field)) for field in zip(*problems)]
+    spend = jax.jit(jax.vmap(partial(sg.allocate, bins=8, rounds=2)))(*batch)
+    for problem, weights in zip(problems, np.asarray(spend.weights, float)):
+        value, cost, rows, lower, upper, budget, total = problem
+        slack = rounding(cost, rows, upper, 10) * eps
+        spent = np.zeros(10)
+        np.add.at(spent, rows, cost * (weights - lower)[:, None])
+        assert (spent <= budget + slack).all()
+        assert np.sum(cost.max(axis=1) * (weights - lower)) <= total + slack.sum()
+        free = (cost.sum(axis=1) == 0) & (value > 0)
+        np.testing.assert_allclose(weights[free], upper[free], rtol=10 * eps)
+
+
 GOOD = dict(
     value=[1.0], cost=[[1.0, 1.0]], rows=[[0, 1]], lower=[0.0], upper=[1.0], row_budget=[1.0, 1.0]
 )
@@ -184,6 +355,9 @@ BAD = [
     (dict(policy="best"), "policy"),
     (dict(rounds=0), "rounds"),
     (dict(repricings=-1), "repricings"),
+    (dict(bins=1), "bins = 1"),
+    (dict(bins=8, policy="fair"), "bins = 8"),
+    (dict(lower=[-1.0], policy="fair"), r"lower\[0\] = -1.0 must be finite and at least 0"),
     (dict(value=[[1.0]]), "value must"),
     (dict(lower=[0.0, 0.0]), "lower has shape"),
     (dict(lower=[2.0]), r"lower\[0\] = 2.0 exceeds"),

@@ -11,3 +11,5 @@ from smallgain_jax.energy.families import Quadratic as Quadratic
 from smallgain_jax.energy.graph import EnergyGraph as EnergyGraph
 from smallgain_jax.energy.local import Landau as Landau
 from smallgain_jax.energy.local import LocalEnergy as LocalEnergy
+from smallgain_jax.energy.losses import Losses as Losses
+from smallgain_jax.energy.losses import terms as terms

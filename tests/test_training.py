@@ -1,0 +1,397 @@
+"""small_gain on the losses of a model: prices, shares, guard, and what bad input does."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optax.experimental import aggregating
+
+import smallgain_jax as sg
+
+A = np.diag([1.0, 3.0])
+B = 50 * np.array([[2.0, 1.0], [1.0, 2.0]])
+
+
+def quadratics(x):
+    """Curvatures 3 and 150; the sum's is the largest eigenvalue of A + B."""
+    shifted = x - jnp.array([1.0, -1.0], x.dtype)
+    return {
+        "soft": 0.5 * x @ jnp.asarray(A, x.dtype) @ x,
+        "stiff": 0.5 * shifted @ jnp.asarray(B, x.dtype) @ shifted,
+    }
+
+
+def total(fn):
+    return lambda *args: sum(fn(*args).values())
+
+
+def train(optimizer, fn, x, steps, keys=()):
+    """Parameters, final state and the history of `info` fields."""
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = optimizer.update(jax.grad(total(fn))(x), state, x)
+        history = {key: getattr(state.info, key) for key in keys}
+        return (optax.apply_updates(x, updates), state), history
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))
+    (x, state), history = run((x, optimizer.init(x)))
+    return x, state, history
+
+
+def test_prices_are_curvatures():
+    optimizer = sg.small_gain(optax.sgd(1e-3), quadratics, every=1, floor=1, ceiling=1)
+    _, state, _ = train(optimizer, quadratics, jnp.ones(2), 60)
+    top = [np.linalg.eigvalsh(matrix)[-1] for matrix in (A, B, A + B)]
+    np.testing.assert_allclose(state.info.cost[:, 0], top[:2], rtol=1e-3)
+    np.testing.assert_allclose(state.info.sharpness, top[2], rtol=1e-3)
+    np.testing.assert_allclose(state.info.limit, 2000, rtol=1e-5)
+    np.testing.assert_allclose(state.info.sharpness_ratio, top[2] / 2000, rtol=1e-3)
+    assert state.info.cost[:, 0] @ np.ones(2) >= state.info.sharpness
+
+
+@pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
+def test_fair_shares_follow_priorities_at_the_reference_cost(priorities):
+    optimizer = sg.small_gain(optax.sgd(1e-4), quadratics, every=1, priorities=priorities)
+    _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
+    wanted = np.array([1.0, 1.0] if priorities is None else priorities)
+    np.testing.assert_allclose(state.info.share, wanted / wanted.sum(), rtol=1e-3)
+    cost = state.info.cost[:, 0]
+    np.testing.assert_allclose(state.weights @ cost, cost.sum(), rtol=1e-3)
+
+
+def test_greedy_stays_within_the_limit():
+    optimizer = sg.small_gain(optax.sgd(0.01), quadratics, policy="greedy", every=1, ceiling=3.0)
+    _, state, history = train(
+        optimizer, quadratics, jnp.ones(2), 200, ("sharpness_ratio", "margin_rows")
+    )
+    assert history["sharpness_ratio"][20:].max() <= 0.9 + 1e-3
+    assert np.all(np.asarray(history["margin_rows"])[20:] >= -1e-2 * 200)
+    assert not np.allclose(state.weights, 1)
+
+
+def make_limit_case(name):
+    rate, momentum = 0.01, 0.9
+    return {
+        "sgd": (lambda r: optax.sgd(r), 2 / rate),
+        "heavy ball": (lambda r: optax.sgd(r, momentum), 2 * (1 + momentum) / rate),
+        "nesterov": (
+            lambda r: optax.sgd(r, momentum, nesterov=True),
+            2 * (1 + momentum) / (1 + 2 * momentum) / rate,
+        ),
+        "adam": (lambda r: optax.adam(r), 38 / rate),
+        "adamw": (lambda r: optax.adamw(r), 38 / rate),
+        "rmsprop": (lambda r: optax.rmsprop(r), 2 / rate),
+        "scheduled": (lambda r: optax.adam(optax.constant_schedule(r)), 38 / rate),
+        "injected": (lambda r: optax.inject_hyperparams(optax.adam)(learning_rate=r), 38 / rate),
+        "clipped": (
+            lambda r: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(r)),
+            38 / rate,
+        ),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["sgd", "heavy ball", "nesterov", "adam", "rmsprop", "scheduled", "injected", "clipped"],
+)
+def test_limits_of_base_optimizers(name):
+    from smallgain_jax.probe import probe_optimizer
+
+    make, limit = make_limit_case(name)
+    optimizer = make(0.01)
+    probe = probe_optimizer(optimizer)
+    late = jax.tree.map(
+        lambda leaf: leaf + 10_000 if leaf.dtype == jnp.int32 else leaf,
+        optimizer.init({"a": jnp.zeros(3), "b": jnp.zeros((2, 2))}),
+    )
+    np.testing.assert_allclose(probe.limit(late), limit, rtol=0.02)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("optimizer", [optax.lion(0.1), optax.adagrad(0.1), optax.lbfgs()])
+def test_optimizers_without_a_limit(optimizer):
+    from smallgain_jax.probe import probe_optimizer
+
+    assert probe_optimizer(optimizer) is None
+
+
+@pytest.mark.parametrize(("name", "rate"), [("sgd", 1.0), ("heavy ball", 1.0)])
+def test_the_limit_is_where_training_turns_unstable(name, rate):
+    """Exact toy: one quadratic, just below and just above the limit that the probe states."""
+    make, _ = make_limit_case(name)
+    from smallgain_jax.probe import probe_optimizer
+
+    optimizer = make(rate)
+    limit = float(probe_optimizer(optimizer).limit(optimizer.init(jnp.zeros(()))))
+
+    def grows(curvature):
+        def step(carry, _):
+            x, state = carry
+            update, state = optimizer.update(curvature * x, state, x)
+            return (x + update, state), x
+
+        start = jnp.ones(())
+        _, path = jax.lax.scan(step, (start, optimizer.init(start)), length=2000)
+        return ~(jnp.abs(path[-1]) <= 1e3)  # overflow counts
+
+    grows = jax.jit(grows)
+    assert not grows(0.95 * limit)
+    assert grows(1.05 * limit)
+
+
+def test_adam_turns_unstable_at_its_limit():
+    """Second moments far above the gradient's own freeze the metric: then the limit is exact."""
+    from smallgain_jax.probe import probe_optimizer
+
+    rate = 1e-3
+    optimizer = optax.adam(rate, b2=1 - 1e-9)
+    probe = probe_optimizer(optax.adam(rate))
+    root = 2.0
+
+    def grows(curvature):
+        state = optimizer.init(jnp.zeros(()))
+        # nu such that P = root^2 = sqrt(nu / (1 - b2^t)), at a count where mu is settled
+        state = optax.tree.set(state, count=jnp.asarray(1_000_000, jnp.int32))
+        correction = -jnp.expm1(1e6 * jnp.log1p(-1e-9))
+        state = optax.tree.set(state, nu=jnp.asarray(root**4) * correction)
+
+        def step(carry, _):
+            x, state = carry
+            update, state = optimizer.update(curvature * x, state, x)
+            return (x + update, state), x
+
+        (_, _), path = jax.lax.scan(step, (jnp.asarray(1e-6), state), length=1500)
+        return jnp.max(jnp.abs(path)) > 1e-4  # later the second moments catch up
+
+    settled = optax.tree.set(optax.adam(rate).init(jnp.zeros(())), count=jnp.asarray(9999))
+    limit = float(probe.limit(settled))
+    np.testing.assert_allclose(limit, 38 / rate, rtol=1e-3)
+    if jax.config.jax_enable_x64:
+        grows = jax.jit(grows)
+        # in Adam's coordinates the curvature is divided by P = root^2
+        assert not grows(0.95 * limit * root**2)
+        assert grows(1.05 * limit * root**2)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("momentum", [None, 0.9])
+@pytest.mark.parametrize("times", [0.1, 3.0, 10.0])
+def test_no_rate_diverges_under_the_guard(times, momentum):
+    top = np.linalg.eigvalsh(A + B)[-1]
+    rate = times * 2 * (1 + (momentum or 0)) / top
+    start = jnp.array([2.0, -3.0])
+    optimizer = sg.small_gain(optax.sgd(rate, momentum), quadratics, floor=1, ceiling=1)
+    x, _, _ = train(optimizer, quadratics, start, 1000)
+    assert total(quadratics)(x) < total(quadratics)(start)
+
+
+@pytest.mark.once
+def test_a_guard_below_the_limit_converges_at_any_rate():
+    top = np.linalg.eigvalsh(A + B)[-1]
+    optimizer = sg.small_gain(optax.sgd(20 / top), quadratics, floor=1, ceiling=1, guard=0.9)
+    x, _, _ = train(optimizer, quadratics, jnp.array([2.0, -3.0]), 1000)
+    np.testing.assert_allclose(x, np.linalg.solve(A + B, B @ [1.0, -1.0]), atol=1e-3)
+
+
+def test_curvature_of_blocks_and_row_gains():
+    def fn(p):
+        return {"a": 2.0 * jnp.sum(p["u"] ** 2), "b": 20.0 * jnp.sum(p["v"] ** 2)}
+
+    params = {"u": jnp.ones(2), "v": jnp.ones(3)}
+    optimizer = sg.small_gain(
+        optax.sgd(0.01), fn, every=1, blocks="leaves", row_gains=True, floor=1, ceiling=1
+    )
+    _, state, _ = train(optimizer, fn, params, 20)
+    np.testing.assert_allclose(state.info.cost, [[4, 0], [0, 40]], rtol=1e-3)
+    np.testing.assert_allclose(state.info.row_sharpness, [4, 40], rtol=1e-3)
+    # T = 0.9 * 200: gains 45 and 4.5, cut at 3
+    np.testing.assert_allclose(state.info.gains, [3, 3])
+
+
+def test_gauss_newton_product():
+    data = np.random.default_rng(0).normal(size=(5, 3))
+
+    def model(w, x):
+        return jnp.tanh(x @ w)
+
+    losses = sg.terms(lambda z, x: {"fit": 0.5 * jnp.sum(z**2)}, names=("fit",), outputs=model)
+    w = jnp.asarray([0.3, -0.2, 0.5])
+    x = jnp.asarray(data, w.dtype)
+    jacobian = jax.jit(jax.jacrev(model))(w, x)
+    exact = np.linalg.norm(np.asarray(jacobian), 2) ** 2
+    found = sg.sharpness(losses, w, x, curvature="gauss_newton", iterations=200)
+    np.testing.assert_allclose(found, exact, rtol=1e-3)
+    hessian = jax.jit(jax.hessian(lambda w: losses.values(w, x)[0]))(w)
+    found = sg.sharpness(losses, w, x, iterations=300)
+    np.testing.assert_allclose(found, np.abs(np.linalg.eigvalsh(hessian)).max(), rtol=1e-3)
+
+
+def test_given_term_gradients_change_nothing():
+    losses = sg.terms(quadratics)
+    optimizer = sg.small_gain(optax.sgd(1e-3), losses, every=1, policy="greedy")
+    x = jnp.array([2.0, 1.0])
+    state = optimizer.init(x)
+
+    @jax.jit
+    def both(x, state):
+        values, grads = losses.value_and_term_grads(x)
+        summed = jnp.sum(grads, axis=0)
+        own = optimizer.update(summed, state, x)
+        given = optimizer.update(summed, state, x, term_grads=grads, term_values=values)
+        return own, given
+
+    own, given = both(x, state)
+    for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(given), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
+def test_anneal_returns_to_the_reference():
+    optimizer = sg.small_gain(
+        optax.sgd(1e-3), quadratics, every=1, anneal=optax.linear_schedule(1.0, 0.0, 200)
+    )
+    _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
+    np.testing.assert_array_equal(state.weights, 1)
+    assert not np.allclose(state.log_weights, 0)
+
+
+def test_aggregators_see_each_reweighted_gradient():
+    mean = aggregating.Aggregator(
+        init=lambda params: optax.EmptyState(),
+        update=lambda gs, state, params=None: (
+            jax.tree.map(lambda g: jnp.max(g, axis=0), gs),
+            state,
+        ),
+    )
+    optimizer = sg.small_gain(mean, quadratics, every=1)
+    x = jnp.array([2.0, 1.0])
+    updates, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
+    _, grads = sg.terms(quadratics).value_and_term_grads(x)
+    np.testing.assert_allclose(updates, jnp.max(state.weights[:, None] * grads, axis=0), rtol=1e-5)
+
+
+def test_any_pytree_of_parameters():
+    model = eqx.nn.MLP(2, "scalar", 8, 1, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def fn(params, x):
+        y = jax.vmap(eqx.combine(params, static))(x)
+        return {"fit": jnp.mean((y - 1) ** 2), "size": 1e-3 * jnp.mean(y**4)}
+
+    losses = sg.terms(fn, names=("fit", "size"))
+    optimizer = sg.small_gain(optax.adam(1e-2), losses, every=5, warmup=5)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)
+
+    def step(carry, _):
+        params, state = carry
+        grads = jax.grad(lambda p: jnp.sum(losses.values(p, x)))(params)
+        updates, state = optimizer.update(grads, state, params, term_args=(x,))
+        return (optax.apply_updates(params, updates), state), state.info.losses[0]
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, length=100))
+    (_, state), fit = run((params, optimizer.init(params)))
+    assert fit[-1] < 0.1 * fit[0]
+    assert state.info.limit < np.inf
+
+
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_what_is_not_finite_is_skipped(poison):
+    def fn(x, bad):
+        return {"a": jnp.sum(x**2), "b": jnp.sum(x**4) + (bad if poison == "loss" else 0)}
+
+    losses = sg.terms(fn, names=("a", "b"))
+    optimizer = sg.small_gain(optax.sgd(0.01, 0.9), losses, every=1)
+    x = jnp.ones(2)
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(x)
+    _, state = update(jnp.ones(2), state, x, term_args=(jnp.zeros(()),))
+    gradient = jnp.full(2, jnp.inf if poison == "gradient" else 1.0)
+    updates, after = update(gradient, state, x, term_args=(jnp.asarray(jnp.nan),))
+    np.testing.assert_array_equal(updates, 0)
+    assert after.info.skipped == 1
+    assert not after.info.accepted
+    for name in ("weights", "log_weights", "scores", "vectors", "base_state", "level"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(after, name)),
+            jax.tree.leaves(getattr(state, name)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_a_term_without_gradient_keeps_its_weight():
+    def fn(x):
+        return {"a": jnp.sum(x**2), "constant": jnp.ones((), x.dtype)}
+
+    _, state, _ = train(sg.small_gain(optax.sgd(0.01), fn, every=1), fn, jnp.ones(2), 30)
+    assert state.weights[1] == 1
+    assert np.all(np.isfinite(state.weights))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("fn", "error", "message"),
+    [
+        (lambda x: {}, ValueError, "empty dict"),
+        (lambda x: {"a": x}, ValueError, "'a' has shape"),
+        (lambda x: {"a": jnp.array(1)}, TypeError, "floating"),
+        (lambda x: jnp.sum(x), ValueError, "vector"),
+        (lambda x, y: {"a": jnp.sum(x)}, TypeError, "names must be given"),
+        (3.0, TypeError, "terms must be"),
+    ],
+)
+def test_bad_losses_are_named(fn, error, message):
+    with pytest.raises(error, match=message):
+        sg.small_gain(optax.sgd(0.1), fn).init(jnp.ones(2))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"policy": "other"}, "policy"),
+        ({"value": "peek"}, "value"),
+        ({"objective": "reference"}, "objective"),
+        ({"guard": "measured"}, "guard"),
+        ({"curvature": "other"}, "curvature"),
+        ({"every": 0}, "every"),
+        ({"iterations": 0}, "iterations"),
+        ({"priorities": (1.0, -1.0)}, "priorities"),
+        ({"floor": 2.0, "ceiling": 1.0}, "floor"),
+        ({"target": 2.0}, "target"),
+    ],
+)
+def test_bad_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        sg.small_gain(optax.sgd(0.1), quadratics, **settings)
+
+
+@pytest.mark.once
+def test_bad_calls_are_named():
+    optimizer = sg.small_gain(optax.sgd(0.1), quadratics)
+    x = jnp.ones(2)
+    state = optimizer.init(x)
+    with pytest.raises(ValueError, match="params must be given"):
+        optimizer.update(x, state)
+    with pytest.raises(TypeError, match="term_args must be a tuple"):
+        optimizer.update(x, state, x, term_args=x)
+    with pytest.raises(ValueError, match="term_grads"):
+        optimizer.update(x, state, x, term_grads=jnp.ones((3, 2)))
+    with pytest.raises(TypeError, match="params is int32"):
+        sg.terms(quadratics).value_and_term_grads(jnp.ones(2, jnp.int32))
+
+
+def test_weights_survive_a_restart_and_a_switch_of_optimizer(tmp_path):
+    first = sg.small_gain(optax.sgd(1e-3), quadratics, every=1)
+    x, state, _ = train(first, quadratics, jnp.ones(2), 20)
+    eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
+    loaded = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", first.init(x))
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(a, b)
+    second = sg.small_gain(optax.adam(1e-3), quadratics, every=1)
+    moved = loaded._replace(base_state=optax.adam(1e-3).init(x))
+    updates, moved = jax.jit(second.update)(jnp.ones(2), moved, x)
+    np.testing.assert_array_equal(moved.weights, state.weights)
+    assert np.all(np.isfinite(updates))
