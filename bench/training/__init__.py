@@ -1,0 +1,1 @@
+"""Training with several losses: rivals, problems, runner and report."""

@@ -1,0 +1,56 @@
+"""The methods compared: a base optimizer at a learning rate, and what weighs the terms."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import optax
+
+from bench.training import aggregate, peers
+from bench.training.peers import Peer
+from bench.training.problems import Problem
+
+
+class Method(NamedTuple):
+    """How to make an optimizer, and how to run it.
+
+    Without a rival, the optimizer weighs the terms itself: its update is given the sum of the
+    gradients, `term_grads` and `term_args`.
+    """
+
+    make: Callable[[Problem, Any], tuple[optax.GradientTransformation, Peer | None]]
+    traced_rate: bool = True  # one program for all rates
+    lanes: bool = True  # seeds may run side by side: no branch depends on the state
+
+
+def small_gain(problem: Problem, rate: Any, **settings: Any) -> tuple[Any, None]:
+    """The library's transformation over the problem's base optimizer."""
+    import smallgain_jax as sg
+
+    return sg.small_gain(problem.optimizer(rate), terms=problem.losses, **settings), None
+
+
+def _against(peer: Peer) -> Method:
+    return Method(lambda problem, rate: (problem.optimizer(rate), peer))
+
+
+def _uncertainty(problem: Problem, rate: Any) -> tuple[Any, Peer]:
+    return problem.optimizer(rate), peers.uncertainty(problem.optimizer(rate))
+
+
+METHODS: dict[str, Method] = {
+    "equal": _against(peers.fixed()),
+    "gradient_norms": _against(peers.gradient_norms()),
+    "gradient_norms_100": _against(peers.gradient_norms(every=100)),
+    "annealing": _against(peers.annealing()),
+    "tangent_kernel": _against(peers.tangent_kernel()),
+    "relobralo": _against(peers.relative_lookback()),
+    "softadapt": _against(peers.softadapt()),
+    "uncertainty": Method(_uncertainty),
+    "pcgrad": _against(peers.surgery(aggregate.pcgrad)),
+    "cagrad": _against(peers.surgery(aggregate.cagrad)),
+    "config": _against(peers.surgery(aggregate.config)),
+    "mgda": _against(peers.surgery(aggregate.mgda)),
+    "small_gain": Method(small_gain, traced_rate=False, lanes=False),
+    "small_gain_fair": Method(partial(small_gain, policy="fair"), traced_rate=False, lanes=False),
+}

@@ -1,0 +1,83 @@
+"""Markdown from a run: `python -m bench.training.report FILE.json ... [--metric NAME]`.
+
+Each method stands at its own best rate of the grid, the one with the lowest median over seeds;
+seeds that diverged count as infinite. The spread is the distance between the quartiles. Marked are
+the best median, and those that lie within one spread of it, the lesser of their own and the best's.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--metric", help="default: the one that ranks the problem's methods")
+    options = parser.parse_args(argv)
+    for file in options.files:
+        print(table(json.loads(file.read_text()), options.metric))
+
+
+def table(report: dict[str, Any], metric: str | None = None) -> str:
+    """The Markdown table of a report."""
+    settings, cells = report["settings"], list(report["cells"].values())
+    if not cells:
+        return f"{settings['case']}: no run is finished\n"
+    metric = metric or settings["metric"]
+    rows = sorted(best_rates(cells, metric).values(), key=lambda row: row["median"])
+    rates = ", ".join(f"{rate:g}" for rate in sorted({cell["rate"] for cell in cells}))
+    lines = [
+        f"{settings['case']}: {metric} after {settings['steps']} steps, "
+        f"{len(settings['seeds'])} seeds, rates {rates}",
+        "",
+        "| method | best rate | median | quartiles | least to most | diverged | ms a step | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["quartiles"]
+        mark = "best" if row is rows[0] else "within one spread" if within(row, rows[0]) else ""
+        lines.append(
+            f"| {row['method']} | {row['rate']:g} | {row['median']:.4g} | {low:.4g} to {high:.4g} "
+            f"| {row['least']:.4g} to {row['most']:.4g} | {row['diverged']} "
+            f"| {row['ms_per_step']:.2f} | {mark} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def best_rates(cells: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
+    """Each method's figures at the rate with the lowest median."""
+    best: dict[str, dict[str, Any]] = {}
+    for cell in cells:
+        final = np.array([math.inf if x is None else x for x in cell["metrics"][metric][-1]])
+        # quartiles of seeds that are there: interpolating between infinities gives nan
+        low, median, high = np.quantile(final, (0.25, 0.5, 0.75), method="nearest")
+        median = float(np.median(final)) if np.isfinite(final).all() else float(median)
+        row = {
+            "method": cell["method"],
+            "rate": cell["rate"],
+            "median": median,
+            "quartiles": (float(low), float(high)),
+            "least": float(final.min()),
+            "most": float(final.max()),
+            "diverged": int(np.isinf(final).sum()),
+            "ms_per_step": cell["ms_per_step"],
+        }
+        old = best.get(cell["method"])
+        if old is None or row["median"] < old["median"]:
+            best[cell["method"]] = row
+    return best
+
+
+def within(row: dict[str, Any], best: dict[str, Any]) -> bool:
+    """Whether the median lies within one spread of the best median."""
+    spreads = [r["quartiles"][1] - r["quartiles"][0] for r in (row, best)]
+    return row["median"] - best["median"] <= min(spreads)
+
+
+if __name__ == "__main__":
+    main()

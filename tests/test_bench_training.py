@@ -1,0 +1,425 @@
+"""The rivals against published values and oracles; the problems against their exact solutions."""
+
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.optimize
+
+from bench.training import aggregate, burgers, digits, helmholtz, peers, problems, quadratics
+from bench.training import report as reporting
+from bench.training import run as running
+from bench.training.methods import METHODS
+from bench.training.network import derivatives, glorot, tanh_network
+
+# three gradients in the plane and in space: plain, conflicting, repeated, Pareto stationary
+JACOBIANS = np.concatenate(
+    [
+        np.random.default_rng(0).normal(size=(12, 3, 4)),
+        np.random.default_rng(1).normal(size=(12, 3, 2)) @ np.eye(2, 4),
+        [[[1, 2, 0, 0], [1, 2, 0, 0], [-1, 1, 3, 0]], [[1, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 0, 0]]],
+    ]
+)
+GOLDEN = {
+    "mgda": (0.0, 1.0),
+    "cagrad": (0.1835, 1.2041),
+    "config": (0.1588, 2.0706),
+    "pcgrad": (0.5848, 3.8012),
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_published_directions(name, eps):
+    jacobian = jnp.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+    rule = getattr(aggregate, name)
+    extra = (jax.random.key(0),) if name == "pcgrad" else ()
+    direction = np.asarray(jax.jit(rule)(jacobian @ jacobian.T, *extra) @ jacobian)
+    first, rest = GOLDEN[name]
+    np.testing.assert_allclose(direction, [first, rest, rest], atol=6e-5 + 50 * eps)
+
+
+def weights_of(rule):
+    """Weights [N, K] of a rule on all of the Jacobians."""
+    jacobians = jnp.asarray(JACOBIANS, jnp.result_type(float))
+    return np.asarray(jax.jit(jax.vmap(lambda j: rule(j @ j.T)))(jacobians), float)
+
+
+def least_on_simplex(energy, terms=3):
+    """Least value on the simplex, by a solver started at several points."""
+    starts = [*np.eye(terms), np.full(terms, 1 / terms)]
+    sum_to_one = {"type": "eq", "fun": lambda w: w.sum() - 1}
+    found = [
+        scipy.optimize.minimize(
+            energy,
+            0.9 * start + 0.1 / terms,
+            method="SLSQP",
+            bounds=[(0, 1)] * terms,
+            constraints=[sum_to_one],
+            options={"ftol": 1e-14, "maxiter": 200},
+        ).fun
+        for start in starts
+    ]
+    return min(found)
+
+
+def test_mgda_is_the_shortest_vector_of_the_hull(eps):
+    weights = weights_of(aggregate.mgda)
+    np.testing.assert_allclose(weights.sum(axis=1), 1, atol=10 * eps)
+    assert weights.min() >= 0
+    for w, jacobian in zip(weights, JACOBIANS):
+        best = least_on_simplex(lambda w, j=jacobian: np.sum((w @ j) ** 2))
+        assert np.sum((w @ jacobian) ** 2) <= best + 1e-9 + 1e3 * eps
+
+
+def test_cagrad_reaches_the_best_worst_decrease(eps):
+    # strong duality: the least inner product of the primal is the least value of the dual
+    weights = weights_of(aggregate.cagrad)
+    for w, jacobian in zip(weights, JACOBIANS):
+        mean = jacobian.mean(axis=0)
+        radius = 0.5 * np.linalg.norm(mean)
+
+        def dual(w, jacobian=jacobian, mean=mean, radius=radius):
+            return w @ jacobian @ mean + radius * np.sqrt(np.sum((w @ jacobian) ** 2) + 1e-16)
+
+        direction = w @ jacobian
+        assert np.linalg.norm(direction - mean) <= radius * (1 + 1e3 * eps)
+        assert np.min(jacobian @ direction) >= least_on_simplex(dual) - 1e-6 - 1e4 * eps
+
+
+def test_config_makes_one_cosine_with_all(eps):
+    # independent gradients, for which such a direction exists
+    weights, independent = weights_of(aggregate.config)[:12], JACOBIANS[:12]
+    for w, jacobian in zip(weights, independent):
+        direction = w @ jacobian
+        unit = direction / np.linalg.norm(direction)
+        cosines = jacobian @ unit / np.linalg.norm(jacobian, axis=1)
+        tolerance = 100 * eps * np.linalg.cond(jacobian @ jacobian.T)
+        np.testing.assert_allclose(cosines, cosines[0], atol=tolerance)
+        assert cosines[0] > 0
+        length = np.linalg.norm(direction)
+        np.testing.assert_allclose(length, np.sum(jacobian @ unit), rtol=tolerance)
+
+
+def test_pcgrad_is_some_order_of_projections(eps):
+    # every two conflict, so that the order matters
+    jacobian = np.array([[1.0, 0.0, 0.0], [-1.0, 1.0, 0.0], [-0.5, -1.0, 1.0]])
+
+    def projected(own, order):
+        g = jacobian[own]
+        for h in jacobian[list(order)]:
+            g = g - min(0, g @ h) / (h @ h) * h
+        return g
+
+    others = [[k for k in range(3) if k != own] for own in range(3)]
+    rows = [[projected(i, order) for order in (o, o[::-1])] for i, o in enumerate(others)]
+    possible = [sum(choice) for choice in itertools.product(*rows)]
+    keys = jax.random.split(jax.random.key(3), 16)
+    gram = jnp.asarray(jacobian @ jacobian.T)
+    weights = np.asarray(jax.jit(jax.vmap(aggregate.pcgrad, (None, 0)))(gram, keys), float)
+    for direction in weights @ jacobian:
+        assert min(np.abs(direction - p).max() for p in possible) < 100 * eps
+    assert len({tuple(w.round(4)) for w in weights}) > 1, "the order is random"
+
+
+def test_weights_follow_their_formulas(eps):
+    values = np.array([[4.0, 0.5, 0.1], [3.0, 0.6, 0.1], [2.0, 0.4, 0.2]])
+    rng = np.random.default_rng(5)
+    small, large = rng.normal(size=(3, 3, 2)), rng.normal(size=(3, 3, 2, 4))
+    flat = np.concatenate([small, large.reshape(3, 3, -1)], axis=2)
+    traces = np.array([9.0, 3.0, 0.0])
+    rate = 0.1
+    rivals = {
+        "equal": peers.fixed(),
+        "norms": peers.gradient_norms(),
+        "slow norms": peers.gradient_norms(every=2),
+        "annealing": peers.annealing(),
+        "kernel": peers.tangent_kernel(every=2),
+        "lookback": peers.relative_lookback(decay=0.9, temperature=2.0, memory=1.0),
+        "forgetful": peers.relative_lookback(decay=0.9, temperature=2.0, memory=0.0),
+        "softadapt": peers.softadapt(),
+        "uncertainty": peers.uncertainty(optax.sgd(rate)),
+    }
+
+    @jax.jit
+    def play(values, small, large):
+        states = {name: peer.init(3) for name, peer in rivals.items()}
+        rows = []
+        for step in range(3):
+            grads = {"a": small[step], "b": large[step]}
+            row = {}
+            for name, peer in rivals.items():
+                sight = peers.Sight(
+                    values[step],
+                    grads,
+                    jnp.int32(step),
+                    jax.random.key(step),
+                    lambda: jnp.asarray(traces),
+                )
+                row[name], states[name] = peer.weigh(sight, states[name])
+            rows.append(row)
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+
+    played = {k: np.asarray(v, float) for k, v in play(values, small, large).items()}
+
+    def softmax(x):
+        return np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+
+    def share(x):
+        return x.mean() / (x + 1e-5 * x.mean())
+
+    wanted = {name: [] for name in rivals}
+    weights = {name: np.ones(3) for name in rivals}
+    log_variance = np.zeros(3)
+    for step in range(3):
+        g, last = flat[step], values[max(step - 1, 0)]
+        norms = np.linalg.norm(g, axis=1)
+        weights["norms"] = 0.9 * weights["norms"] + 0.1 * share(norms)
+        largest = np.abs(g[0]).max() / (weights["annealing"] * np.abs(g).mean(axis=1))
+        largest[0] = 1
+        weights["annealing"] = 0.9 * weights["annealing"] + 0.1 * largest
+        if step % 2 == 0:
+            weights["slow norms"] = 0.9 * weights["slow norms"] + 0.1 * share(norms)
+            weights["kernel"] = 0.9 * weights["kernel"] + 0.1 * share(traces)
+        recent = 3 * softmax(values[step] / (2 * last))
+        start = 3 * softmax(values[step] / (2 * values[0]))
+        weights["lookback"] = 0.9 * weights["lookback"] + 0.1 * recent
+        weights["forgetful"] = 0.9 * start + 0.1 * recent
+        change = values[step] - last
+        weights["softadapt"] = 3 * softmax(0.1 * change / max(np.abs(change).sum(), 1e-30))
+        weights["uncertainty"] = np.exp(-log_variance)
+        log_variance = log_variance - rate * (1 - weights["uncertainty"] * values[step])
+        for name in rivals:
+            wanted[name].append(weights[name])
+    for name in rivals:
+        np.testing.assert_allclose(played[name], wanted[name], rtol=200 * eps, err_msg=name)
+
+
+def test_combination_is_the_weighted_sum(eps):
+    grads = {"a": np.arange(6.0).reshape(3, 2), "b": np.ones((3, 2, 2), np.float16)}
+    out = jax.jit(peers.combine)(jnp.array([1.0, 2.0, 0.5]), grads)
+    np.testing.assert_allclose(out["a"], [0 + 4 + 2, 1 + 6 + 2.5])
+    assert out["b"].dtype == jnp.float16
+
+
+def test_forward_derivatives(eps):
+    @jax.jit
+    def both():
+        params = glorot(jax.random.key(0), (2, 7, 6, 1))
+        x = jax.random.uniform(jax.random.key(1), (5, 2), minval=-1)
+
+        def u(point):
+            return tanh_network(params, point)[0]
+
+        hessian = jax.vmap(jax.hessian(u))(x)
+        oracle = jnp.concatenate([jax.vmap(u)(x)[None], jax.vmap(jax.grad(u))(x).T])
+        sums = hessian[:, 0, 0] + hessian[:, 1, 1], hessian[:, 1, 1]
+        mine = derivatives(params, x, (0, 1)), derivatives(params, x, (1,))
+        return mine, [jnp.concatenate([oracle, s[None]]) for s in sums]
+
+    for mine, oracle in zip(*both()):
+        np.testing.assert_allclose(mine, oracle, atol=200 * eps)
+
+
+@pytest.mark.x64
+def test_helmholtz_solution():
+    # the source term is what the exact solution leaves: a network of zeros has residual -q
+    params = [(np.zeros((m, n)), np.zeros(n)) for m, n in itertools.pairwise(helmholtz.SIZES)]
+    points = np.random.default_rng(0).uniform(-1, 1, (20, 2))
+    h = 1e-3
+    moved = points + h * np.array([[[0, 0]], [[1, 0]], [[-1, 0]], [[0, 1]], [[0, -1]]])
+
+    @jax.jit
+    def measure(params, points, moved):
+        _, boundary = helmholtz.batch(jax.random.key(0))
+        metrics = helmholtz.problem().metrics(params)
+        exact = helmholtz.exact(moved), helmholtz.exact(boundary)
+        return helmholtz.residual(params, points), *exact, boundary, metrics
+
+    residual, exact, on_boundary, boundary, metrics = measure(params, points, moved)
+    laplacian = (exact[1:].sum(axis=0) - 4 * exact[0]) / h**2
+    # the second differences are off by h^2 / 12 of the fourth derivatives, 2.5e4 / 12 * 1e-6
+    np.testing.assert_allclose(-residual, laplacian + exact[0], atol=3e-3)
+    assert np.abs(on_boundary).max() < 1e-12
+    sides = [boundary[:, axis] == side for axis in (0, 1) for side in (-1, 1)]
+    assert np.all(np.sum(sides, axis=0) >= 1)
+    assert min(np.sum(side) for side in sides) >= 16, "32 of 128 are expected on each side"
+    np.testing.assert_allclose(metrics["relative_l2"], 1.0)
+
+
+@pytest.mark.once
+def test_burgers_solution():
+    x = np.linspace(-1, 1, 41)
+    np.testing.assert_allclose(burgers.solution(0, x), -np.sin(np.pi * x), atol=1e-14)
+    t = np.linspace(0.01, 1, 12)
+    np.testing.assert_allclose(burgers.solution(t, -1.0), 0, atol=1e-12)
+    grid = np.meshgrid(t, np.linspace(-1, 1, 101))
+    np.testing.assert_allclose(
+        burgers.solution(*grid), burgers.solution(*grid, nodes=240), atol=1e-8
+    )
+    # the equation itself, away from the shock, by central differences
+    h, (t, x) = 1e-4, np.meshgrid(np.linspace(0.1, 0.9, 7), [-0.8, -0.5, -0.25, 0.3, 0.7])
+    u = burgers.solution
+    u_t = (u(t + h, x) - u(t - h, x)) / (2 * h)
+    u_x = (u(t, x + h) - u(t, x - h)) / (2 * h)
+    u_xx = (u(t, x + h) - 2 * u(t, x) + u(t, x - h)) / h**2
+    np.testing.assert_allclose(u_t + u(t, x) * u_x - burgers.VISCOSITY * u_xx, 0, atol=1e-5)
+    # Basdevant et al. 1986: the steepest slope at x = 0 is 152.00516, at t = 1.6037 / pi
+    t = np.linspace(1.55, 1.65, 201) / np.pi
+    slope = -u(t, 1e-6) / 1e-6
+    np.testing.assert_allclose(slope.max(), 152.00516, rtol=1e-6)
+    np.testing.assert_allclose(np.pi * t[slope.argmax()], 1.6037, atol=6e-4)
+
+
+def test_burgers_batch():
+    inside, initial, boundary = map(np.asarray, jax.jit(burgers.batch)(jax.random.key(0)))
+    assert inside.shape == (2000, 2)
+    assert initial.shape == (50,)
+    assert boundary.shape == (50, 2)
+    assert np.all((inside >= [0, -1]) & (inside <= 1))
+    assert abs(inside.mean(axis=0) - [0.5, 0]).max() < 0.06
+    assert np.sum(boundary[:, 1] == 1) == np.sum(boundary[:, 1] == -1) == 25
+
+
+def test_quadratics(eps):
+    x = jnp.array([0.3, -2.0])
+    hessians = jax.jit(jax.jacfwd(jax.jacrev(lambda x: quadratics.problem().losses.values(x))))(x)
+    np.testing.assert_allclose(hessians, quadratics.HESSIANS, rtol=10 * eps)
+    np.testing.assert_allclose(np.linalg.eigvalsh(quadratics.HESSIANS), [[2, 6], [20, 60]])
+    losses = quadratics.problem().losses
+    values, grads = losses.value_and_term_grads(jnp.asarray(quadratics.minimum()))
+    np.testing.assert_allclose(grads.sum(axis=0), 0, atol=1e3 * eps)
+    excess = losses.values(x).sum() - values.sum()
+    measured = quadratics.metrics(x)
+    np.testing.assert_allclose(measured["excess"], excess, rtol=100 * eps)
+    np.testing.assert_allclose(measured["pareto_distance"], 2.0, rtol=10 * eps)
+    assert np.isclose(quadratics.metrics(jnp.array([-13.0, 4.0]))["pareto_distance"], 5.0)
+    starts = jax.vmap(quadratics.problem().init)(jnp.arange(5))
+    np.testing.assert_allclose(starts, quadratics.STARTS[[0, 1, 2, 3, 0]])
+
+
+def test_digits(eps):
+    problem = digits.problem()
+    x, targets = digits.data()
+    assert x.shape == (1000, 64)
+    assert (x.min(), x.max()) == (-0.3, 0.7)
+    np.testing.assert_array_equal(targets["digit"].sum(axis=1), 1)
+    np.testing.assert_array_equal(targets["digit"].argmax(axis=1) % 2, targets["parity"].argmax(1))
+    shapes = jax.eval_shape(problem.init, 0)
+    assert [leaf.shape for leaf in jax.tree.leaves(shapes["trunk"])] == [(64, 64), (64,)] * 2
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    values = jax.jit(problem.losses.values)(zeros, *problem.batch(None))
+    np.testing.assert_allclose(values, 0.5, rtol=1e3 * eps)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["helmholtz", "burgers"])
+def test_term_gradients_and_traces(name):
+    problem = problems.make(name)
+    residual = {"helmholtz": helmholtz, "burgers": burgers}[name].residual
+
+    @jax.jit
+    def measure():
+        params = problem.init(0)
+        args = jax.tree.map(lambda a: a[:3], problem.batch(jax.random.key(0)))
+        apart = problems.value_and_term_grads(problem, params, *args)
+        together = problem.losses.value_and_term_grads(params, *args)
+        jacobian = jax.jacrev(residual)(params, args[0])
+        squares = sum(jnp.sum(j**2) for j in jax.tree.leaves(jacobian))
+        return apart, together, problem.traces(params, *args), squares
+
+    apart, together, traces, squares = measure()
+    for mine, oracle in zip(jax.tree.leaves(apart), jax.tree.leaves(together)):
+        np.testing.assert_allclose(mine, oracle, rtol=1e-9, atol=1e-9)
+    assert traces.shape == apart[0].shape
+    np.testing.assert_allclose(traces[0], squares / 3)
+
+
+@pytest.mark.once
+def test_runner_resumes_and_lanes_agree(tmp_path, capsys):
+    common = ["--case", "quadratics", "--seeds", "2", "--steps", "20", "--rates", "0.005", "0.002"]
+    methods = ["--methods", "equal", "tangent_kernel", "pcgrad"]
+    tables = {}
+    for lanes in ("loop", "vmap"):
+        out = tmp_path / f"{lanes}.json"
+        running.main([*common, *methods, "--lanes", lanes, "--out", str(out)])
+        tables[lanes] = json.loads(out.read_text())
+    cells = tables["loop"]["cells"]
+    assert len(cells) == 6
+    for key, cell in cells.items():
+        assert np.shape(cell["metrics"]["excess"]) == (3, 2)
+        other = tables["vmap"]["cells"][key]["metrics"]["excess"]
+        np.testing.assert_allclose(cell["metrics"]["excess"], other, rtol=1e-4)
+    # gradient descent on x'Ax in closed form
+    a = quadratics.MATRICES.sum(axis=0)
+    left = np.linalg.matrix_power(np.eye(2) - 2 * 0.005 * a, 20)
+    left = left @ (quadratics.STARTS[1] - quadratics.minimum())
+    np.testing.assert_allclose(
+        cells["equal 0.005"]["metrics"]["excess"][-1][1], left @ a @ left, rtol=1e-3
+    )
+    capsys.readouterr()
+    out = str(tmp_path / "loop.json")
+    running.main([*common, "--methods", "equal", "uncertainty", "--out", out])
+    printed = capsys.readouterr().err
+    assert printed.count("already there") == 2
+    assert len(json.loads((tmp_path / "loop.json").read_text())["cells"]) == 8
+    with pytest.raises(SystemExit):
+        running.main([*common[:5], "40", "--methods", "equal", "--out", out])
+    assert "other settings" in capsys.readouterr().err
+
+
+@pytest.mark.once
+def test_runner_feeds_a_transformation(tmp_path, monkeypatch):
+    seen = []
+
+    def update(updates, state, params=None, *, term_grads, term_args, **extra):
+        seen.append((term_grads.shape, len(term_args)))
+        return jax.tree.map(lambda g: -0.005 * g.sum(axis=0), term_grads), state
+
+    def init(params):
+        return {"weights": jnp.array([2.0, 3.0])}
+
+    rule = optax.GradientTransformationExtraArgs(init, update)
+    method = running.Method(lambda problem, rate: (rule, None), traced_rate=False, lanes=False)
+    result = running.Trainer(quadratics.problem(), method, 10, "vmap").run(0.005, [0, 1], 20)
+    plain = running.Trainer(quadratics.problem(), METHODS["equal"], 10).run(0.005, [0, 1], 20)
+    assert seen == [((2, 2), 0)]
+    assert result["lanes"] == "loop"
+    assert result["weights"] == [[2.0, 3.0], [2.0, 3.0]]
+    np.testing.assert_allclose(result["metrics"]["excess"], plain["metrics"]["excess"], rtol=1e-4)
+
+
+@pytest.mark.once
+def test_runner_writes_divergence_as_null(tmp_path):
+    out = tmp_path / "diverged.json"
+    options = ["--case", "quadratics", "--seeds", "1", "--rates", "1e9", "--every", "100"]
+    running.main([*options, "--methods", "equal", "--out", str(out)])
+    cell = json.loads(out.read_text())["cells"]["equal 1e+09"]
+    assert cell["metrics"]["excess"][-1] == [None]
+
+
+@pytest.mark.once
+def test_report_marks_the_best():
+    def cell(method, rate, *final):
+        metrics = {"error": [[1.0] * len(final), list(final)]}
+        return {"method": method, "rate": rate, "metrics": metrics, "ms_per_step": 1.0}
+
+    cells = {
+        "0": cell("a", 0.1, 1.0, 2.0, 3.0, 4.0, 5.0),
+        "1": cell("a", 0.2, 0.5, None, None, None, 1.0),
+        "2": cell("b", 0.1, 2.0, 3.0, 4.0, 5.0, 6.0),
+        "3": cell("c", 0.1, 9.0, 9.0, 9.0, 9.0, 9.0),
+        "4": cell("d", 0.1, None, None, None, None, None),
+    }
+    settings = {"case": "toy", "metric": "error", "steps": 10, "seeds": [0, 1, 2, 3, 4]}
+    lines = reporting.table({"settings": settings, "cells": cells}).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:]] == ["a", "b", "c", "d"]
+    assert lines[4].startswith("| a | 0.1 | 3 | 2 to 4 | 1 to 5 | 0 |")
+    assert lines[4].endswith("| best |")
+    assert lines[5].endswith("| within one spread |")
+    assert lines[6].endswith("|  |")
+    assert "| inf | inf to inf | inf to inf | 5 |" in lines[7]
+    assert lines[7].endswith("|  |")
