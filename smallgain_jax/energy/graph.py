@@ -121,10 +121,13 @@ class EnergyGraph(eqx.Module):
           x: state [n] or [n, d].
           weights: w [E]; None is the reference objective.
         """
-        terms = self.term_energies(x)
         if weights is not None:
-            terms = self._weights(weights, x) * terms
-        return self.local_energy(x) + jnp.sum(terms)
+            terms = self._weights(weights, x) * self.term_energies(x)
+            return self.local_energy(x) + jnp.sum(terms)
+        self._check_state(x)
+        # family by family: gathering all terms into one array first is a pass over memory
+        parts = self._map_parts(lambda f, x_i, x_j: f.weight * f.pair_energy(x_i, x_j), x)
+        return sum((jnp.sum(part) for part in parts), start=self.local_energy(x))
 
     def gradient(self, x: jax.Array, weights: ArrayLike | None = None) -> jax.Array:
         """dF(x; w)/dx, shaped like x."""
@@ -171,6 +174,34 @@ class EnergyGraph(eqx.Module):
 
         return self._per_term(one, x, (2, *x.shape[1:], 2, *x.shape[1:]))
 
+    def _scalar_costs(self, x: jax.Array, activity: Activity) -> tuple[jax.Array, jax.Array]:
+        """Row sums of |block| on both ends of each term with scalar nodes, ([E], [E])."""
+
+        def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> tuple[jax.Array, ...]:
+            gap = family.gap(x_i, x_j)
+            active = None if gap is None else activity(gap)
+            unit, zero = jnp.ones_like(x_i), jnp.zeros_like(x_i)
+
+            def priced(x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+                return family.priced_energy(x_i, x_j, active)
+
+            def slope(*along: jax.Array) -> Callable[..., jax.Array]:
+                return lambda *ends: jax.jvp(priced, ends, along)[1]
+
+            def bend(of: Callable[..., jax.Array], *along: jax.Array) -> jax.Array:
+                return jnp.abs(family.weight * jax.jvp(of, (x_i, x_j), along)[1])
+
+            mixed = bend(slope(unit, zero), zero, unit)
+            own_i = bend(slope(unit, zero), unit, zero)
+            own_j = bend(slope(zero, unit), zero, unit)
+            return own_i + mixed, own_j + mixed
+
+        # separate columns: a block of two by two per edge is one memory pass each
+        parts = self._map_parts(one, x)
+        dtype = self._dtype(x)
+        at_i = self._concatenate([part[0] for part in parts], (0,), dtype)
+        return at_i, self._concatenate([part[1] for part in parts], (0,), dtype)
+
     def local_rows(self, x: jax.Array) -> jax.Array:
         """Majorizing rows of the local energies' Hessian, B, shaped like x."""
         self._check_state(x)
@@ -206,6 +237,15 @@ class EnergyGraph(eqx.Module):
         >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
         [[2.0, 2.0]]
         """
+        if x.ndim == 1 and scaling is None and not scaling_iterations:
+            local, w = self.local_rows(x), self._weights(weights, x)
+            at_i, at_j = self._scalar_costs(x, _as_activity(smoothing))
+            # one scatter of each end: `edge_cost` costs nothing where nobody reads it
+            row_sums = local.at[self.i].add(w * at_i).at[self.j].add(w * at_j)
+            cost = jnp.stack([at_i, at_j], axis=1)
+            return Curvature(
+                row_sums, local, cost, jnp.max(row_sums, initial=0.0), jnp.ones_like(local)
+            )
         return block_curvature(
             self.local_rows(x),
             self.edge_blocks(x, smoothing),
@@ -247,12 +287,20 @@ class EnergyGraph(eqx.Module):
         self, fn: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]
     ) -> jax.Array:
         """`fn(edge, x_i, x_j)` of one edge mapped over every term, [E, *shape]."""
-        parts = [jax.vmap(fn)(family, x[family.i], x[family.j]) for family in self.edges]
-        return self._concatenate(parts, (0, *shape), self._dtype(x))
+        return self._concatenate(self._map_parts(fn, x), (0, *shape), self._dtype(x))
+
+    def _map_parts(self, fn: Callable[..., Any], x: jax.Array) -> list[Any]:
+        """`fn(edge, x_i, x_j)` mapped over the edges of each family."""
+        return [jax.vmap(fn)(f, _ends(x, f.i), _ends(x, f.j)) for f in self.edges]
 
     @staticmethod
     def _concatenate(parts: list[jax.Array], empty: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
+
+
+def _ends(x: jax.Array, index: jax.Array) -> jax.Array:
+    """States at one end of every edge; ends were checked when the graph was built."""
+    return jnp.asarray(x).at[index].get(mode="promise_in_bounds")
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
