@@ -1,16 +1,17 @@
-"""The command line: `smallgain demo` and `smallgain relax FILE`."""
+"""The command line: `smallgain demo`, `relax FILE`, `bench`, `sweep` and `plot SOURCE`."""
 
 import argparse
 import contextlib
 import importlib.metadata
 import io
+import logging
 import math
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -20,21 +21,21 @@ import numpy as np
 import optax
 import tyro
 
-from smallgain_jax import demo, telemetry
+from smallgain_jax import demo, report, telemetry, validation
 from smallgain_jax._checks import check_fraction, check_positive
-from smallgain_jax.acceptance import Box
-from smallgain_jax.descent import majorized_descent
 from smallgain_jax.energy import EnergyGraph
-from smallgain_jax.io import GraphFile, read_graph, write_state
-from smallgain_jax.relax import RelaxInfo, RelaxResult, relax
+from smallgain_jax.io import GraphFile, read_columns, read_graph, write_state
+from smallgain_jax.live import LoggingSink, Sink, WarningSink, open_sink, relax_in_chunks
+from smallgain_jax.sweep import Sweep, run_sweep
 from smallgain_jax.transform import auto_cap, gradnorm, small_gain
-
-CHUNKS = 20
-"""Parts of a relaxation between which the progress bar moves."""
+from smallgain_jax.validation import Plan, run_plan
 
 Method: TypeAlias = Literal[
     "default", "sgd", "momentum", "lbfgs", "small_gain", "gradnorm", "auto_cap"
 ]
+
+
+_Config = TypeVar("_Config", bound=msgspec.Struct)
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,6 +51,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     momentum: float = 0.9
     x64: bool = True
     rows: bool = False
+    live: tuple[Path, ...] = ()
+    log: bool = False
     out: Path | None = None
 
 
@@ -73,6 +76,9 @@ class Relax(Settings, frozen=True, kw_only=True):
       momentum: coefficient of the method of that name.
       x64: double precision.
       rows: also write every row's margin and spend to the telemetry.
+      live: telemetry to write while it runs: .csv, .jsonl, .parquet (a folder of parts); anything
+        else is a folder for TensorBoard.
+      log: a line of telemetry on standard error for every twentieth of the steps.
       out: folder to write to; FILE's name and "-relaxed" when not given.
       config: TOML file of these settings; flags override it.
     """
@@ -91,6 +97,63 @@ class Demo(msgspec.Struct, frozen=True, kw_only=True):
 
     out: Path = Path("smallgain-demo")
     steps: int = 60
+
+
+class Bench(msgspec.Struct, frozen=True, kw_only=True):
+    """Run a plan of suites and methods; write tables and a report as Markdown and HTML.
+
+    Attributes:
+      config: TOML file of the plan, such as configs/bench.toml.
+      out: folder to write to.
+      steps: updates of each method, in place of the plan's.
+      methods: names of methods or of "baselines", "ours", "ablations", in place of the plan's.
+      repeats: timed runs of each method, in place of the plan's; 0 for none.
+    """
+
+    config: Path
+    out: Path = Path("smallgain-bench")
+    steps: int | None = None
+    methods: tuple[str, ...] = ()
+    repeats: int | None = None
+
+
+class SweepOver(msgspec.Struct, frozen=True, kw_only=True):
+    """Run small_gain at many settings, all in one program; write tables and a report.
+
+    Attributes:
+      config: TOML file of the sweep, such as configs/sweep.toml.
+      out: folder to write to.
+      steps: updates, in place of the sweep's.
+      size: number of random designs, in place of the sweep's.
+      sort_by: column to sort by, in place of the sweep's.
+    """
+
+    config: Path
+    out: Path = Path("smallgain-sweep")
+    steps: int | None = None
+    size: int | None = None
+    sort_by: str | None = None
+
+
+class Plot(msgspec.Struct, frozen=True, kw_only=True):
+    """Draw where the stability margin goes; write a PNG file for each figure.
+
+    Attributes:
+      source: telemetry of `smallgain relax` (.csv, .parquet, .npz), from which every figure is
+        drawn that its columns allow; or the TOML file of a plan, of which small_gain relaxes one
+        suite for all figures.
+      out: folder to write to.
+      suite: name of the plan's suite; its first when not given.
+      steps: updates, for a plan.
+    """
+
+    source: tyro.conf.Positional[Path]
+    out: Path = Path("smallgain-plots")
+    suite: str | None = None
+    steps: int = 60
+
+
+Command: TypeAlias = Relax | Demo | Bench | SweepOver | Plot
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,6 +176,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = _parse(arguments)
         if isinstance(command, Demo):
             _run_demo(command)
+        elif isinstance(command, Bench):
+            _run_bench(command)
+        elif isinstance(command, SweepOver):
+            _run_sweep(command)
+        elif isinstance(command, Plot):
+            _run_plot(command)
         else:
             _run_relax(command)
     except _HelpShown:
@@ -144,19 +213,22 @@ class _HelpShown(Exception):
     """The parser has answered by itself."""
 
 
-def _parse(arguments: list[str]) -> Relax | Demo:
+def _parse(arguments: list[str]) -> Command:
     # a positional that is missing stays missing: the parser asks for it
     settings = msgspec.structs.asdict(_configured(arguments))
     relaxing = Relax(file=tyro.MISSING, **settings)
     commands: Any = (
         Annotated[Relax, tyro.conf.subcommand("relax", default=relaxing)]
         | Annotated[Demo, tyro.conf.subcommand("demo", default=Demo())]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
+        | Annotated[SweepOver, tyro.conf.subcommand("sweep")]
+        | Annotated[Plot, tyro.conf.subcommand("plot")]
     )
     said = io.StringIO()
     about = "Stability margins as a budget. `smallgain --version` prints the version."
     try:
         with contextlib.redirect_stderr(said):
-            command: Relax | Demo = tyro.cli(
+            command: Command = tyro.cli(
                 commands, args=arguments, prog="smallgain", description=about
             )
             return command
@@ -186,10 +258,20 @@ def _configured(arguments: list[str]) -> Settings:
         raise ValueError(str(error)) from error
     if path is None:
         return Settings()
+    return _decoded(path, Settings)
+
+
+def _decoded(path: Path, kind: type[_Config]) -> _Config:
+    """A TOML file as one of the typed configurations."""
     try:
-        return msgspec.toml.decode(path.read_bytes(), type=Settings, dec_hook=_decode_path)
+        return msgspec.toml.decode(path.read_bytes(), type=kind, dec_hook=_decode_path)
     except (msgspec.MsgspecError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _overridden(config: _Config, **flags: Any) -> _Config:
+    """A configuration with the flags that were given in its place."""
+    return msgspec.structs.replace(config, **{k: v for k, v in flags.items() if v is not None})
 
 
 def _decode_path(kind: type, value: Any) -> Any:
@@ -205,6 +287,62 @@ def _run_demo(command: Demo) -> None:
     print(result)
     written = result.save(command.out)
     print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _run_bench(command: Bench) -> None:
+    plan = _overridden(
+        _decoded(command.config, Plan),
+        steps=command.steps,
+        methods=command.methods or None,
+        repeats=command.repeats,
+    )
+    plan.check()
+    command.out.mkdir(parents=True, exist_ok=True)
+    result = run_plan(plan, checkpoint=lambda partial: report.write_tables(partial, command.out))
+    written = report.write_plan(result, command.out)
+    print(result.numbers)
+    told = validation.claims(result)
+    if told.num_rows:
+        print(f"\n{told}")
+    print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _run_sweep(command: SweepOver) -> None:
+    plan = _overridden(
+        _decoded(command.config, Sweep),
+        steps=command.steps,
+        size=command.size,
+        sort_by=command.sort_by,
+    )
+    plan.check()
+    command.out.mkdir(parents=True, exist_ok=True)
+    result = run_sweep(plan)
+    written = report.write_sweep(result, command.out)
+    print(result.summary)
+    print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def _run_plot(command: Plot) -> None:
+    if command.source.suffix.lower() == ".toml":
+        figures = _anatomy_of(command)
+    else:
+        figures = report.figures_of(telemetry.Table(read_columns(command.source)))
+    command.out.mkdir(parents=True, exist_ok=True)
+    written = report.write_figures(figures, command.out)
+    print("written: " + ", ".join(map(str, written)))
+
+
+def _anatomy_of(command: Plot) -> dict[str, Any]:
+    plan = _decoded(command.source, Plan)
+    plan.check()
+    suites = {suite.name: suite for suite in plan.suites}
+    name = next(iter(suites)) if command.suite is None else command.suite
+    if name not in suites:
+        raise ValueError(f"suite = {name!r} is not in the plan: choose from {', '.join(suites)}")
+    if command.steps < 1:
+        raise ValueError(f"steps = {command.steps} must be at least 1")
+    with jax.enable_x64(True):
+        return report.anatomy(suites[name].build(), command.steps)
 
 
 def _run_relax(command: Relax) -> None:
@@ -247,6 +385,16 @@ class _Outcome(NamedTuple):
         )
 
 
+def _sinks(command: Relax) -> list[Sink]:
+    sinks: list[Sink] = [WarningSink(), *map(open_sink, command.live)]
+    if command.log:
+        logger = logging.getLogger("smallgain_jax")
+        logging.basicConfig(format="smallgain: %(message)s")
+        logger.setLevel(logging.INFO)
+        sinks.append(LoggingSink(logger))
+    return sinks
+
+
 def _shown(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
@@ -268,6 +416,7 @@ def _relaxed(command: Relax, problem: GraphFile) -> _Outcome:
         tol=command.tol,
         record=telemetry.family_record(graph, command.rows),
         progress=progress_bar(command.steps),
+        sinks=_sinks(command),
     )
     table = telemetry.table(graph, result, rows=command.rows)
     facts: dict[str, Any] = {
@@ -311,58 +460,6 @@ _OPTIMIZERS: dict[str, Callable[[EnergyGraph, float, float], _Optimizer]] = {
     "gradnorm": lambda graph, rate, momentum: gradnorm(optax.sgd(rate), graph),
     "auto_cap": lambda graph, rate, momentum: auto_cap(optax.sgd(rate), graph),
 }
-
-
-def relax_in_chunks(
-    graph: EnergyGraph,
-    x0: jax.Array,
-    optimizer: optax.GradientTransformation | None,
-    steps: int,
-    bounds: tuple[float, float],
-    *,
-    tol: float,
-    record: Callable[[Any], Any],
-    progress: Callable[[int, float], None],
-) -> RelaxResult:
-    """`relax` in parts, so that the host can tell how far it is; the result is that of one call.
-
-    Args:
-      graph, x0, optimizer, steps, bounds, tol, record: as in `relax`.
-      progress: called with the steps made and the energy, at the start and after every part.
-
-    Returns:
-      The `RelaxResult` of one call, except that its histories are NumPy arrays and end at the part
-      in which the tolerance was met.
-    """
-    x = Box(*bounds).project(x0)
-    state = _initial_state(graph, x, optimizer)
-    parts: list[RelaxResult] = []
-    size, made = max(1, -(-steps // CHUNKS)), 0
-    sizes = [size] * (steps // size) + [steps % size] * (steps % size > 0)
-    progress(0, math.nan)
-    for now in sizes or [0]:
-        part = relax(graph, x, optimizer, now, bounds, tol=tol, record=record, state=state)
-        parts.append(part)
-        x, state, made = part.x, part.state, made + int(part.info.steps)
-        progress(steps if part.info.converged else made, float(part.energy[-1]))
-        if part.info.converged:
-            break
-    history = jax.tree.map(lambda *a: np.concatenate(a), *(part.info.history for part in parts))
-    energy = np.concatenate([parts[0].energy[:1], *(part.energy[1:] for part in parts)])
-    last = parts[-1]
-    info = RelaxInfo(
-        jnp.asarray(made, jnp.int32), last.info.converged, last.info.optimality, history
-    )
-    return RelaxResult(x, jnp.asarray(energy), info, state)
-
-
-def _initial_state(
-    graph: EnergyGraph, x: jax.Array, optimizer: optax.GradientTransformation | None
-) -> Any:
-    """A state to continue from before the first step: with None, the first part compiles alone."""
-    state = (majorized_descent(graph) if optimizer is None else optimizer).init(x)
-    # weak types would compile once more
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.asarray(leaf).dtype), state)
 
 
 def progress_bar(total: int, width: int = 30) -> Callable[[int, float], None]:

@@ -27,12 +27,7 @@ from smallgain_jax.relax import relax
 from smallgain_jax.scenarios import Scenario
 from smallgain_jax.telemetry import Table
 from smallgain_jax.transform import auto_cap, gradnorm, small_gain
-
-RATES = np.outer([0.01, 0.1, 1.0], [1.0, 1.6, 2.5, 4.0, 6.3]).ravel()
-"""Learning rates that every method with one is tried at; the best of them is shown."""
-
-MOMENTUM = 0.5
-"""Of the base optimizer under `small_gain` with its own defaults."""
+from smallgain_jax.validation import MOMENTUM, RATES, best_run, first, gaps, own_count
 
 NEAR = 1e-6
 """Fraction of the drop that is left where a method counts as arrived."""
@@ -53,7 +48,7 @@ class MethodResult:
 
     Attributes:
       method: its name.
-      learning_rate: the best of `RATES`; NaN where the method has none.
+      learning_rate: the best of `validation.RATES`; NaN where the method has none.
       energy: reference energy of every state, [steps + 1].
       adapted: F(x; w) of every state at the weights in force there, [steps + 1].
       x: the last state, [n].
@@ -246,7 +241,7 @@ def _compete(scenario: Scenario, entry: _Entry, steps: int) -> list[MethodResult
     }
     results = []
     for m, method in enumerate(entry.methods):
-        best = _best(found["energy"][m], _minimum(scenario))
+        best = best_run(found["energy"][m], _minimum(scenario))
         mine = {name: values[m, best] for name, values in found.items()}
         backtracks = int(mine.pop("backtracks"))
         rate = float(settings[m, best, 0])
@@ -289,38 +284,16 @@ def _minimum(scenario: Scenario) -> float:
     return scenario.minimum
 
 
-def _gaps(energy: np.ndarray, minimum: float) -> np.ndarray:
-    return (energy - minimum) / (energy[..., :1] - minimum)
-
-
-def _first(reached: np.ndarray) -> float:
-    """Position of the first true entry; NaN where there is none."""
-    return float(np.argmax(reached)) if reached.any() else np.nan
-
-
-def _best(energies: np.ndarray, minimum: float) -> int:
-    """Candidate of fewest steps to 90 % of the true drop, then of the smallest final gap."""
-    gaps = _gaps(energies, minimum)
-    steps = np.array([_first(gap <= 0.1) for gap in gaps])
-    return int(np.lexsort((gaps[:, -1], steps))[0])
-
-
-def _own_count(adapted: np.ndarray) -> float:
-    # the original logs from the state after the first update on, its start is not among them
-    logged = adapted[1:]
-    return _first(logged <= logged[0] - 0.9 * (logged[0] - logged.min())) + 1
-
-
 def _table(results: tuple[MethodResult, ...], minimum: float) -> Table:
     rows = []
     for result in results:
-        gap = _gaps(result.energy, minimum)
+        gap = gaps(result.energy, minimum)
         row: Mapping[str, Any] = {
             "method": result.method,
             "learning_rate": result.learning_rate,
-            "delta_f90": _first(gap <= 0.1),
-            "delta_f90_own": _own_count(result.adapted),
-            "steps_to_1e-6": _first(gap <= NEAR),
+            "delta_f90": first(gap <= 0.1),
+            "delta_f90_own": own_count(result.adapted),
+            "steps_to_1e-6": first(gap <= NEAR),
             "final_reference": result.energy[-1],
             "final_adapted": result.adapted[-1],
             "gap": gap[-1],

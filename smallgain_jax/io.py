@@ -220,6 +220,39 @@ def write_table(
     write_atomic(path, lambda temporary: writer(temporary, columns, text))
 
 
+def read_columns(path: PathLike) -> dict[str, np.ndarray]:
+    """Read a table of numbers, as `write_table` and `Table.write` leave it.
+
+    Args:
+      path: `.csv`, `.parquet` or `.npz`.
+
+    Returns:
+      Columns by name; an empty cell is NaN.
+
+    Raises:
+      FileFormatError: a malformed file or a cell that is not a number.
+      OSError: a file that cannot be opened.
+      ImportError: Parquet without polars.
+
+    >>> import pathlib, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_table(f"{folder}/t.csv", {"step": np.arange(2)})
+    ...     read_columns(f"{folder}/t.csv")["step"].tolist()
+    [0.0, 1.0]
+    """
+    table = _read_table(Path(path))
+    columns = {}
+    for name, cells in table.columns.items():
+        values = np.empty(len(cells))
+        for k, cell in enumerate(cells):
+            try:
+                values[k] = np.nan if cell is None else float(cell)
+            except (TypeError, ValueError):
+                table.fail(k, name, f"{cell!r} is not a number")
+        columns[name] = values
+    return columns
+
+
 def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in _WRITERS:
         raise ValueError(f"path = {path} must end in one of {', '.join(_WRITERS)}")

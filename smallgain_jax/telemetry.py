@@ -22,7 +22,7 @@ optimizer that knows less has fewer columns: majorized descent has no weights an
 """
 
 import html
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -162,7 +162,7 @@ class Table:
         return self.columns[name]
 
     def __str__(self) -> str:
-        body = list(self._shown())
+        body = list(self._shown(SHOWN_ROWS))
         cells = [list(self.columns), *body]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         # text reads from the left, numbers line up on the right
@@ -179,18 +179,48 @@ class Table:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
+        return self.html(SHOWN_ROWS)
+
+    def html(self, most: int | None = None) -> str:
+        """The table as HTML.
+
+        Args:
+          most: rows to show, the first and the last; None for all.
+
+        >>> Table({"a": np.array([1])}).html()
+        '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>'
+        """
+
         def row(tag: str, cells: list[str]) -> str:
             inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
             return f"<tr>{inner}</tr>"
 
-        body = "".join(row("td", cells) for cells in self._shown())
+        body = "".join(row("td", cells) for cells in self._shown(most))
         head = row("th", list(self.columns))
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
-    def _shown(self) -> Iterator[list[str]]:
-        half = SHOWN_ROWS // 2
+    def markdown(self) -> str:
+        """The whole table as Markdown, numbers at the right.
+
+        >>> print(Table({"a|b": np.array([1, 2])}).markdown())
+        | a\\|b |
+        |---:|
+        | 1 |
+        | 2 |
+        """
+
+        def row(cells: Iterable[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+        numeric = [column.dtype.kind in "fiub" for column in self.columns.values()]
+        rule = "|" + "|".join("---:" if number else "---" for number in numeric) + "|"
+        return "\n".join([row(self.columns), rule, *map(row, self._shown(None))])
+
+    def _shown(self, most: int | None) -> Iterator[list[str]]:
+        most = self.num_rows if most is None else most
+        half = most // 2
         for k in range(self.num_rows):
-            if self.num_rows <= SHOWN_ROWS or not half <= k < self.num_rows - half:
+            if self.num_rows <= most or not half <= k < self.num_rows - half:
                 yield [_cell(column[k]) for column in self.columns.values()]
             elif k == half:
                 yield ["..."] * len(self.columns)

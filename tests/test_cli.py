@@ -13,6 +13,8 @@ import pytest
 
 from smallgain_jax import EnergyGraph, Landau, Quadratic, cli, relax, scenarios, telemetry
 from smallgain_jax.io import read_graph
+from smallgain_jax.sweep import Sweep
+from smallgain_jax.validation import Plan
 
 pytestmark = pytest.mark.once
 
@@ -37,9 +39,12 @@ def run(*arguments):
 
 def test_shipped_configs_are_valid():
     shipped = sorted((Path(__file__).parents[1] / "configs").glob("*.toml"))
-    assert shipped
+    kinds = {"relax": cli.Settings, "bench": Plan, "ablation": Plan, "sweep": Sweep}
+    assert len(shipped) >= len(kinds)
     for path in shipped:
-        msgspec.toml.decode(path.read_bytes(), type=cli.Settings)
+        config = msgspec.toml.decode(path.read_bytes(), type=kinds[path.stem.split("-")[0]])
+        if not isinstance(config, cli.Settings):
+            config.check()
 
 
 def test_relax_writes_state_telemetry_and_summary(files, capsys):
@@ -70,11 +75,18 @@ def test_relax_writes_state_telemetry_and_summary(files, capsys):
     assert printed.err == ""
 
 
-def test_weighted_methods_write_their_margins(files):
-    assert run("--method", "auto_cap", "--steps", 5, "--rows", "--no-x64", "--out", "o/p") == 0
+def test_weighted_methods_write_their_margins(files, caplog):
+    flags = ("--method", "auto_cap", "--steps", 5, "--rows", "--no-x64", "--out", "o/p")
+    with caplog.at_level("INFO", logger="smallgain_jax"):
+        assert run(*flags, "--live", "l.csv", "l.jsonl", "--log") == 0
     told = pl.read_csv(files / "o" / "p" / "telemetry.csv")
     assert {"margin:global", "share:Quadratic", "margin:row:2"} <= set(told.columns)
     assert told.height == 5
+    # one row a step, without the rows' own columns
+    for live in (pl.read_csv(files / "l.csv"), pl.read_ndjson(files / "l.jsonl")):
+        assert set(live.columns) == {c for c in told.columns if ":row:" not in c}
+        assert live["step"].to_list() == told["step"].to_list()
+    assert len(caplog.records) == 5
     assert json.loads((files / "o/p/summary.json").read_text())["precision"] == "float32"
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from smallgain_jax import demo, scenarios
 from smallgain_jax.cli import main
+from smallgain_jax.validation import RATES
 
 pytestmark = [pytest.mark.x64, pytest.mark.xdist_group("demo")]
 
@@ -89,12 +90,7 @@ def test_rates_are_tuned_on_the_same_grid(outcome):
             elif result.method == "capped step":
                 assert result.learning_rate <= 1 / bound * (1 + 1e-12)
             else:
-                assert result.learning_rate in demo.RATES
-
-
-def test_best_rate_is_the_fastest_then_the_closest():
-    energies = np.array([[1.0, 0.5, 0.05], [1.0, 0.05, 0.04], [1.0, 0.05, 0.03], [1.0, 0.9, 0.8]])
-    assert demo._best(energies, 0.0) == 2
+                assert result.learning_rate in RATES
 
 
 def test_command_writes_tables_and_a_figure(outcome, tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from smallgain_jax import plots
+from smallgain_jax import plots, scenarios
 from smallgain_jax.telemetry import Table
 
 pytestmark = pytest.mark.once
@@ -83,6 +83,128 @@ def test_library_imports_without_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("pip install 'smallgain_jax[plot]'")
+
+
+ROWS = {
+    "step": np.arange(3),
+    "margin:row:0": np.array([2.0, 1.0, 4.0]),
+    "margin:row:1": np.array([1.0, -1.0, 0.0]),
+    "spent:row:0": np.array([0.5, 0.25, 0.0]),
+    "spent:row:1": np.array([0.5, 0.25, 0.5]),
+    "share:a": np.array([0.25, 0.5, 1.0]),
+    "share:b": np.array([0.75, 0.5, 0.0]),
+    "alloc:coup:a": np.array([1.0, 1.1, 1.2]),
+    "alloc:coup:b": np.array([1.0, 0.9, 0.8]),
+}
+
+
+def test_budget_is_its_part_of_the_margin():
+    lines = plots.budget(Table(ROWS), 0.5).get_lines()
+    np.testing.assert_allclose(lines[0].get_ydata(), [3, 1, 4])
+    np.testing.assert_allclose(lines[1].get_ydata(), [1.5, 0.5, 2])
+    np.testing.assert_allclose(lines[2].get_ydata(), [1, 0.5, 0.5])
+
+
+def test_families_are_drawn_by_name():
+    axes = plots.allocation_by_family(Table(ROWS))
+    drawn = {line.get_label(): line.get_ydata() for line in axes.get_lines()}
+    np.testing.assert_array_equal(drawn["a"], ROWS["alloc:coup:a"])
+    np.testing.assert_array_equal(drawn["b"], ROWS["alloc:coup:b"])
+
+
+def test_heat_maps_hold_the_values_and_centre_their_colours():
+    weights = np.array([[1.0, 1.5, 0.9], [1.0, 1.2, 0.8]])
+    axes = plots.allocation_by_edge(weights, [0, 0, 1], ["a", "b"])
+    (image,) = axes.get_images()
+    np.testing.assert_array_equal(image.get_array(), weights.T)
+    np.testing.assert_allclose(image.get_clim(), (0.5, 1.5))
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["a", "b"]
+    (image,) = plots.row_margins(Table(ROWS)).get_images()
+    np.testing.assert_array_equal(image.get_array()[1], ROWS["margin:row:1"])
+    np.testing.assert_allclose(image.get_clim(), (-4, 4))
+
+
+def test_many_terms_are_pooled():
+    weights = np.repeat(np.arange(1000.0), 10)[None, :]
+    (image,) = plots.allocation_by_edge(weights).get_images()
+    pooled = np.asarray(image.get_array())[:, 0]
+    assert pooled.shape == (400,)
+    np.testing.assert_allclose(pooled.mean(), weights.mean())
+
+
+def test_shares_are_stacked():
+    axes = plots.shares(Table(ROWS))
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
+    top = axes.collections[1].get_paths()[0].vertices[:, 1].max()
+    assert top == pytest.approx(1)
+
+
+def test_score_and_cost_are_where_they_belong():
+    axes = plots.score_cost([0.5, -0.1, 3.0], [2.0, 4.0, 0.0], [0, 0, 1], ["a", "b"])
+    first, second = axes.get_lines()[:2]
+    np.testing.assert_array_equal(first.get_xydata(), [[2.0, 0.5], [4.0, -0.1]])
+    # what costs nothing stands left of all that does
+    assert second.get_xdata()[0] < 2
+
+
+def test_graph_shows_weights_and_margins():
+    graph = scenarios.dense().graph
+    weights = np.linspace(0.5, 1.25, graph.num_edges)
+    axes = plots.network(graph, weights, np.linspace(-1, 2, 16))
+    lines = [c for c in axes.collections if c.get_array() is not None and len(c.get_array()) == 48]
+    np.testing.assert_array_equal(lines[0].get_array(), weights)
+    np.testing.assert_allclose(lines[0].get_clim(), (0.5, 1.5))
+    dots = next(c for c in axes.collections if len(c.get_offsets()) == 16)
+    np.testing.assert_allclose(np.linalg.norm(dots.get_offsets(), axis=1), 1)
+    assert dots.get_clim() == (-2, 2)
+
+
+def test_pareto_draws_each_group_and_its_front():
+    axes = plots.pareto([3, 1, 2, np.nan], [1e-9, 1e-2, 1e-1, 0.5], ["a"] * 4)
+    points, front = axes.get_lines()
+    assert len(points.get_xdata()) == 3
+    np.testing.assert_array_equal(front.get_xdata(), [1, 3])
+
+
+def test_each_function_draws_where_it_is_told():
+    graph, table = scenarios.baseline().graph, Table(ROWS)
+    calls = [
+        lambda ax: plots.budget(table, ax=ax),
+        lambda ax: plots.allocation_by_family(table, ax),
+        lambda ax: plots.allocation_by_edge(np.ones((2, 2)), ax=ax),
+        lambda ax: plots.row_margins(table, ax),
+        lambda ax: plots.shares(table, ax),
+        lambda ax: plots.score_cost([1.0], [1.0], ax=ax),
+        lambda ax: plots.network(graph, ax=ax),
+        lambda ax: plots.pareto([1.0], [1.0], ax=ax),
+    ]
+    for call in calls:
+        axes = plots.new_figure(3, 2).subplots()
+        assert call(axes) is axes
+
+
+def test_tables_without_the_columns_are_refused():
+    bare = Table({"step": np.arange(2)})
+    for draw, column in (
+        (plots.budget, "margin:row:"),
+        (plots.row_margins, "margin:row:"),
+        (plots.shares, "share:"),
+        (plots.allocation_by_family, "alloc:coup:"),
+    ):
+        with pytest.raises(ValueError, match=f"table has no column {column}"):
+            draw(bare)
+    graph = scenarios.baseline().graph
+    for call, message in (
+        (lambda: plots.network(graph, np.ones(3)), r"weights has shape \(3,\)"),
+        (lambda: plots.network(graph, margins=np.ones(3)), r"margins has shape \(3,\)"),
+        (lambda: plots.network(graph, positions=np.ones(3)), r"positions has shape \(3,\)"),
+        (lambda: plots.score_cost([1.0], [1.0, 2.0]), r"cost has shape \(2,\)"),
+        (lambda: plots.pareto([1.0], [1.0, 2.0]), r"gap has shape \(2,\)"),
+        (lambda: plots.allocation_by_edge(np.ones(3)), r"weights has shape \(3,\)"),
+        (lambda: plots.allocation_by_edge(np.ones((2, 3)), [0]), r"families has shape \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
 
 
 def test_bad_arguments_are_named():
