@@ -352,7 +352,8 @@ def score_cost(
     of = np.zeros(y.shape, int) if families is None else np.asarray(families)
     axes = _axes(ax, 6.4, 4.0)
     priced = x[x > 0]
-    lowest = priced.min() / 3 if priced.size else 1.0
+    wide = bool(priced.size) and priced.max() > 30 * priced.min()
+    lowest = priced.min() / 3 if wide else 0.0
     for family, style in zip(np.unique(of), _styles(), strict=False):
         here = of == family
         style.pop("linestyle")
@@ -360,14 +361,14 @@ def score_cost(
         axes.plot(
             np.maximum(x[here], lowest), y[here], label=label, linestyle="", markersize=5, **style
         )
-    axes.set_xscale("log")
-    reach = float(np.max(np.abs(y), initial=0.0))
-    axes.set_yscale("symlog", linthresh=1e-3 * reach if reach else 1.0)
+    if wide:
+        axes.set_xscale("log")
+    # terms without a cost score by orders of magnitude above the others: linear up to those
+    reach = float(np.max(np.abs(y[x > 0]), initial=0.0))
+    axes.set_yscale("symlog", linthresh=reach or 1.0, linscale=3)
     axes.axhline(0, color="0.35", linewidth=1)
     axes = _finish(axes, "score (value over cost)", legend=bool(len(keys)))
     axes.set_xlabel("cost of a term (energy per unit of x squared)")
-    # costs span few decades: their minor labels would run into each other
-    axes.tick_params(axis="x", which="minor", labelbottom=False)
     return axes
 
 
