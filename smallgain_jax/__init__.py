@@ -1,10 +1,15 @@
 """Stability margins of optimizers as a budget: measured, priced, and spent where it pays."""
 
+from smallgain_jax import live as live
 from smallgain_jax import penalties as penalties
 from smallgain_jax import plots as plots
 from smallgain_jax import presets as presets
+from smallgain_jax import report as report
 from smallgain_jax import scenarios as scenarios
+from smallgain_jax import suites as suites
+from smallgain_jax import sweep as sweep
 from smallgain_jax import telemetry as telemetry
+from smallgain_jax import validation as validation
 from smallgain_jax.allocate import Allocation as Allocation
 from smallgain_jax.allocate import allocate as allocate
 from smallgain_jax.balance import BalanceFlowState as BalanceFlowState
