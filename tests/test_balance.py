@@ -600,6 +600,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
 class TestContract:
     def test_state_keeps_structure_shapes_and_types(self, make):
@@ -657,7 +658,6 @@ class TestContract:
         with pytest.raises(ValueError, match="params"):
             optimizer.update({"a": jnp.ones(2)}, state)
 
-    @pytest.mark.once
     def test_wrappers(self, make):
         def closed(x):
             return triple(x)
@@ -673,7 +673,6 @@ class TestContract:
             assert jnp.isfinite(end).all()
             assert (end != x).any()
 
-    @pytest.mark.once
     def test_vmap_is_a_loop(self, make):
         optimizer = make(triple)
         starts = jnp.array([[-3.0, 2.0], [0.0, 0.0], [1.0, 1.0]])
