@@ -108,6 +108,7 @@ def test_relax_never_increases(name, dtype, eps):
     never_increases(result.energy, eps)
 
 
+@pytest.mark.once
 @each
 def test_small_gain_never_increases_and_keeps_its_budgets(name, dtype, eps):
     check_small_gain(name, "measured", dtype, eps)

@@ -248,6 +248,7 @@ def test_given_term_gradients_change_nothing():
         np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.once
 def test_anneal_returns_to_the_reference():
     optimizer = sg.small_gain(
         optax.sgd(1e-3), quadratics, every=1, anneal=optax.linear_schedule(1.0, 0.0, 200)
@@ -257,6 +258,7 @@ def test_anneal_returns_to_the_reference():
     assert not np.allclose(state.log_weights, 0)
 
 
+@pytest.mark.once
 def test_aggregators_see_each_reweighted_gradient():
     mean = aggregating.Aggregator(
         init=lambda params: optax.EmptyState(),
@@ -272,6 +274,7 @@ def test_aggregators_see_each_reweighted_gradient():
     np.testing.assert_allclose(updates, jnp.max(state.weights[:, None] * grads, axis=0), rtol=1e-5)
 
 
+@pytest.mark.once
 def test_any_pytree_of_parameters():
     model = eqx.nn.MLP(2, "scalar", 8, 1, key=jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
@@ -296,6 +299,7 @@ def test_any_pytree_of_parameters():
     assert state.info.limit < np.inf
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_what_is_not_finite_is_skipped(poison):
     def fn(x, bad):
@@ -383,6 +387,7 @@ def test_bad_calls_are_named():
         sg.terms(quadratics).value_and_term_grads(jnp.ones(2, jnp.int32))
 
 
+@pytest.mark.once
 def test_weights_survive_a_restart_and_a_switch_of_optimizer(tmp_path):
     first = sg.small_gain(optax.sgd(1e-3), quadratics, every=1)
     x, state, _ = train(first, quadratics, jnp.ones(2), 20)
