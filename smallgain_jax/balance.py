@@ -312,7 +312,7 @@ def value_balance_gradient(
     """Values [K], `Balance`, and the gradient of B: one batched backward pass, and one back."""
 
     def term_grads(at: Any) -> tuple[Any, jax.Array]:
-        values, grads = losses.value_and_term_grads(at, *args)
+        values, grads = losses.batched_value_and_term_grads(at, *args)
         return grads, values
 
     grads, pull, values = jax.vjp(term_grads, params, has_aux=True)
