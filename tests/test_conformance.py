@@ -73,6 +73,14 @@ def test_preserve_dtype(name, settings, dtype):
     body("test_preserve_dtype")(case(), name, settings, dtype)
 
 
+@pytest.fixture
+def global_precision():
+    """optax's body sets the precision of the process, and restores this thread's in its place."""
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.usefixtures("global_precision")
 @pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_state_stability(name, settings, dtype):
