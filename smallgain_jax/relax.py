@@ -131,7 +131,7 @@ def _relax(
     everything = Box(-jnp.inf, jnp.inf) if box is None else box
     record = record or (lambda _: None)
 
-    def objective(x: jax.Array, bounds: Any = None) -> jax.Array:
+    def objective(x: jax.Array, bounds: Any = None, graph: EnergyGraph = graph) -> jax.Array:
         # optax's line searches insist that value_fn names every extra argument of update
         del bounds
         return graph.energy(everything.project(x))
@@ -160,6 +160,8 @@ def _relax(
             grad=free,
             value_fn=objective,
             bounds=None if box is None else tuple(box),
+            # as an argument: what an optimizer closes over would be folded in as constants
+            graph=graph,
         )
         x = everything.project(optax.apply_updates(x, updates))
         value, gradient = evaluate(x, state)

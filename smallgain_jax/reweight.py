@@ -169,9 +169,10 @@ def reweighted(
     if settings.limit is None:
         settings = settings._replace(limit=measured_limit(base_optimizer))
     reference = settings.objective == "reference"
+    own = graph
 
     def init(params: jax.Array) -> SmallGainState:
-        return _initial_state(graph, base, params)
+        return _initial_state(own, base, params)
 
     def update(
         updates: jax.Array,
@@ -179,10 +180,12 @@ def reweighted(
         params: jax.Array | None = None,
         *,
         bounds: tuple[Any, Any] | None = None,
+        graph: EnergyGraph | None = None,
         **extra_args: Any,
     ) -> tuple[jax.Array, SmallGainState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
+        graph = own if graph is None or not _alike(graph, own) else graph
         here = _look(graph, settings, updates, state, params, bounds)
         held, scores = _roll_back(here, state)
         # a decision, not a function to differentiate: sorting and shrinking have no useful slope
@@ -246,6 +249,13 @@ def reweighted(
         return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
+    """Whether they differ in numbers alone."""
+    same = jax.tree.structure(a) == jax.tree.structure(b)
+    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
+    return same and shapes(a) == shapes(b)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:

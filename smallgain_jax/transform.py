@@ -190,11 +190,12 @@ def small_gain(
 
     Returns:
       An optax transformation; `update` needs `params`. On graphs its state is a `SmallGainState`,
-      and it reads the extra argument `bounds` (lower, upper), which `relax` passes, to keep steps
-      feasible. On losses it is a `TrainingState`, and it reads `term_args` (what the losses take
-      besides the parameters), `term_grads` (their gradients, if the caller has them: a leading axis
-      K on each leaf, with `term_values` [K]), and `curvature_args` (another batch to measure
-      curvature on).
+      and it reads the extra arguments `bounds` (lower, upper), to keep steps feasible, and `graph`,
+      one that differs from `terms` in numbers alone and takes its place: as data of the program,
+      where `terms` are constants of it. `relax` passes both. On losses it is a `TrainingState`, and
+      it reads `term_args` (what the losses take besides the parameters), `term_grads` (their
+      gradients, if the caller has them: a leading axis K on each leaf, with `term_values` [K]), and
+      `curvature_args` (another batch to measure curvature on).
 
     Raises:
       ValueError: an unknown name, or a concrete number outside its range.
@@ -211,10 +212,13 @@ def small_gain(
     >>> optimizer = small_gain(optax.sgd(0.01), losses, every=1)
     >>> x = jnp.ones(2)
     >>> state = optimizer.init(x)
-    >>> gradient = jax.grad(lambda x: sum(losses(x).values()))
+    >>> @jax.jit
+    ... def step(x, state):
+    ...     gradient = jax.grad(lambda x: sum(losses(x).values()))(x)
+    ...     updates, state = optimizer.update(gradient, state, x)
+    ...     return optax.apply_updates(x, updates), state
     >>> for _ in range(100):
-    ...     updates, state = optimizer.update(gradient(x), state, x)
-    ...     x = optax.apply_updates(x, updates)
+    ...     x, state = step(x, state)
     >>> state.info.share.round(2).tolist(), state.weights.round(1).tolist()
     ([0.5, 0.5], [25.5, 0.5])
     """

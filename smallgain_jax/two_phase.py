@@ -353,8 +353,9 @@ def two_phase(
     >>> optimizer = two_phase(optax.sgd(0.1), balance_newton(pair), pair, patience=3)
     >>> t = jnp.array(-3.0)
     >>> state = optimizer.init(t)
+    >>> update = jax.jit(optimizer.update)
     >>> for _ in range(8):
-    ...     updates, state = optimizer.update(t, state, t)
+    ...     updates, state = update(t, state, t)
     ...     t = optax.apply_updates(t, updates)
     >>> t.item(), state.info.phase.item(), state.info.certified.item()
     (0.5, 1, True)

@@ -1,19 +1,39 @@
 """Every test runs in float32 and in float64, with silent broadcasting across ranks an error."""
 
 import os
+from importlib.metadata import version
 
 # eight devices for the sharding tests; and programs here run for milliseconds, so that optimizing
-# their machine code costs more than it saves
+# their machine code costs more than it saves: the emitters alone take half of the compilation's
+# time (XLA dies of flags that it does not know, so they go where this one is known)
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
 )
 
 import jax
 import numpy as np
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+TOGETHER = ("test_demo", "test_live", "test_report", "test_validation")
+"""Modules whose tests share something that takes long to make."""
+
+
+class Scheduling(LoadScopeScheduling):
+    """One test at a time to whoever is free, but for the modules that stay in one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.split("::")[0]
+        return module if module.endswith(tuple(f"{name}.py" for name in TOGETHER)) else nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log) -> Scheduling:
+    return Scheduling(config, log)
 
 
 def pytest_configure(config: pytest.Config) -> None:

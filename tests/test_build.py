@@ -92,6 +92,7 @@ class TestEdgeList:
                 k += 1
         assert k == len(records)
 
+    @pytest.mark.once
     def test_records_keep_their_order_within_a_family(self):
         order = term_order(random_records(7))
         codes = [random_records(7)[k]["family"] for k in order]

@@ -8,7 +8,7 @@ from smallgain_jax import demo, scenarios
 from smallgain_jax.cli import main
 from smallgain_jax.validation import RATES
 
-pytestmark = [pytest.mark.x64, pytest.mark.xdist_group("demo")]
+pytestmark = pytest.mark.x64
 
 STEPS = 8
 METHODS = [

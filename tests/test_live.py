@@ -16,7 +16,7 @@ from smallgain_jax import EnergyGraph, Landau, Quadratic, live, telemetry
 from smallgain_jax.live import MarginWarning, WarningSink, open_sink, relax_in_chunks
 from smallgain_jax.telemetry import Table
 
-pytestmark = [pytest.mark.once, pytest.mark.xdist_group("live")]
+pytestmark = pytest.mark.once
 
 STEPS = 43
 

@@ -14,7 +14,7 @@ from smallgain_jax.sweep import Sweep, SweepResult
 from smallgain_jax.telemetry import Table
 from smallgain_jax.validation import Plan, PlanResult
 
-pytestmark = [pytest.mark.once, pytest.mark.xdist_group("report")]
+pytestmark = pytest.mark.once
 
 PLAN = Plan(suites=(Suite(generator="baseline"),), methods=("none",), repeats=0)
 NUMBERS = {

@@ -16,7 +16,7 @@ from smallgain_jax.telemetry import Table
 from smallgain_jax.validation import METHODS, Outcome, Plan, PlanResult, claims, kpis, run_plan
 from tests.graphs import RECORDED
 
-pytestmark = [pytest.mark.x64, pytest.mark.xdist_group("validation")]
+pytestmark = pytest.mark.x64
 
 SUITE = Suite(generator="baseline")
 PLAN = Plan(
