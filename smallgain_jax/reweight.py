@@ -253,9 +253,10 @@ def reweighted(
 
 def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
     """Whether they differ in numbers alone."""
-    same = jax.tree.structure(a) == jax.tree.structure(b)
+    ours: Any = jax.tree.structure(a)
+    same = ours == jax.tree.structure(b)
     shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-    return same and shapes(a) == shapes(b)
+    return bool(same) and shapes(a) == shapes(b)
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:
