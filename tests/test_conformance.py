@@ -1,4 +1,4 @@
-"""optax's own test bodies, unmodified, on small_gain."""
+"""optax's own test bodies, unmodified, on our transformations."""
 
 import inspect
 
@@ -12,10 +12,12 @@ from optax._src import alias, alias_test
 import smallgain_jax as sg
 
 pytestmark = pytest.mark.once
-SGD, ADAM = (
+CASES = [
     ("sg_sgd", {"learning_rate": 1e-3, "momentum": 0.9}),
     ("sg_adam", {"learning_rate": 1e-1}),
-)
+    ("sg_throttle", {"learning_rate": 1e-3, "momentum": 0.9}),
+    ("sg_kappa", {"learning_rate": 1e-3, "momentum": 0.9}),
+]
 
 
 def losses(params):
@@ -37,7 +39,13 @@ def factories(monkeypatch):
     def sg_adam(learning_rate):
         return sg.small_gain(optax.adam(learning_rate), TERMS, guard=None)
 
-    for factory in (sg_sgd, sg_adam):
+    def sg_throttle(learning_rate, momentum=None):
+        return sg.throttle(optax.sgd(learning_rate, momentum), learning_rate)
+
+    def sg_kappa(learning_rate, momentum=None):
+        return optax.chain(optax.sgd(learning_rate, momentum), sg.kappa_budget(1e6))
+
+    for factory in (sg_sgd, sg_adam, sg_throttle, sg_kappa):
         monkeypatch.setattr(alias, factory.__name__, factory, raising=False)
     with jax.numpy_rank_promotion("allow"):
         yield
@@ -51,23 +59,23 @@ def case():
     return alias_test.AliasTest("run")
 
 
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("target", ["_setup_parabola", "_setup_rosenbrock"])
 def test_optimization(name, settings, target):
     body("test_optimization")(case(), name, settings, getattr(alias_test, target), jnp.float32)
 
 
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 def test_extra_args(name, settings):
     body("test_optimizers_accept_extra_args")(case(), name, settings)
 
 
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 def test_inject_hyperparams(name, settings):
     body("test_optimizers_can_be_wrapped_in_inject_hyperparams")(case(), name, settings)
 
 
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_preserve_dtype(name, settings, dtype):
     body("test_preserve_dtype")(case(), name, settings, dtype)
@@ -81,14 +89,14 @@ def global_precision():
 
 
 @pytest.mark.usefixtures("global_precision")
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
 def test_state_stability(name, settings, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         body("test_state_shape_dtype_shard_stability")(case(), name, settings, dtype)
 
 
-@pytest.mark.parametrize(("name", "settings"), [SGD, ADAM])
+@pytest.mark.parametrize(("name", "settings"), CASES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_gradient_accumulation(name, settings, dtype):
     body("test_gradient_accumulation")(case(), name, settings, dtype)
