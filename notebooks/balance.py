@@ -94,7 +94,6 @@ for axis, (name, (fn, start, rate, loss_rate, steps)) in zip(axes, problems.item
     axis.set(xscale="log", yscale="log", title=name, xlabel="update")
 axes[0].set_ylabel("B (zeros drawn at 1e-36)")
 axes[0].legend()
-figure
 
 # %% [markdown]
 # ## A spurious zero
@@ -174,4 +173,3 @@ for method, (optimizer, steps) in after.items():
 for axis, name in zip(axes, ("loss", "B"), strict=True):
     axis.set(xscale="log", yscale="log", xlabel="update after Adam's 500", ylabel=name)
 axes[0].legend()
-figure

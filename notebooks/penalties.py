@@ -71,7 +71,6 @@ for name, penalty in penalties.items():
 axes[0].legend()
 axes[0].set(xlabel="node", ylabel="x")
 axes[1].set(yscale="log", xlabel="update", ylabel="energy above its last")
-figure
 
 # %% [markdown]
 # ## Iteratively reweighted least squares
@@ -100,10 +99,9 @@ for name, penalty in {
     )
     axes[0].plot(np.arange(len(values)), values, label=name)
     axes[1].plot(result.x, "x", label=name)
-axes[0].set(xlabel="solve", ylabel="objective", yscale="log", xscale="symlog")
+axes[0].set(xlabel="solve", ylabel="objective", yscale="log", xscale="symlog", xlim=(0, None))
 axes[1].set(xlabel="unknown")
 axes[1].legend()
-figure
 
 # %% [markdown]
 # ## A sparse autoencoder on the digits
@@ -224,4 +222,3 @@ for axis, (kind, (strengths, priorities)) in zip(axes, SWEEPS.items(), strict=Tr
     axis.plot([a for _, a, _ in points], [e for e, _, _ in points], "s--", label="small_gain")
     axis.set(title=kind, xlabel="mean active codes of 48", ylabel="squared error per image")
 axes[0].legend()
-figure

@@ -18,6 +18,7 @@
 # measures that margin, and spends it.
 
 # %%
+# %matplotlib inline
 import jax
 import optax
 

@@ -111,7 +111,6 @@ axes[1, 1].legend()
 for axis in axes.flat:
     for event in (SPIKE, SHIFT):
         axis.axvline(event, color="0.8", zorder=0)
-figure
 
 # %% [markdown]
 # The plain rate of 4 is lost within a few steps. The throttled one sees the corrupted batch in
