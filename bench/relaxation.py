@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jaxopt
@@ -64,21 +65,6 @@ def relaxed(
     return np.asarray(run(steps)), run
 
 
-def packaged(
-    solve: Callable[[Scenario, int], np.ndarray | None], scenario: Scenario, steps: int
-) -> tuple[np.ndarray, Callable[[int], Any]]:
-    """A foreign solver that reports one state: its energies at growing iteration limits.
-
-    Every fourth limit is tried, the others count as the one before: steps are known to within four.
-    """
-    energy = jax.jit(lambda graph, x: graph.energy(jnp.clip(x, 0.0, 1.0)))
-    energies = [float(energy(scenario.graph, scenario.x0))]
-    for count in range(4, steps + 1, 4):
-        energies += [energies[-1]] * 3
-        energies.append(float(energy(scenario.graph, solve(scenario, count))))
-    return np.minimum.accumulate(energies), partial(solve, scenario)
-
-
 def lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], Any]]:
     """SciPy's L-BFGS-B with our jitted value and gradient."""
     graph, energies = scenario.graph, []
@@ -114,30 +100,54 @@ def jaxopt_lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[
         bounds = (jnp.zeros_like(x0), jnp.ones_like(x0))
         state = solver.init_state(x0, bounds=bounds, g=graph)
 
-        def step(_: Any, carry: Any) -> Any:
-            return tuple(solver.update(*carry, bounds=bounds, g=graph))
+        def step(k: Any, carry: Any) -> Any:
+            x, state, energies = carry
+            x, state = solver.update(x, state, bounds=bounds, g=graph)
+            return x, state, energies.at[k + 1].set(state.value)
 
-        return jax.lax.fori_loop(0, count, step, (x0, state))[0]
+        energies = jnp.full(steps + 1, jnp.inf).at[0].set(graph.energy(x0))
+        return jax.lax.fori_loop(0, count, step, (x0, state, energies))[2]
 
-    return packaged(lambda s, count: solve(s.graph, s.x0, count), scenario, steps)
+    return counted(solve, scenario, steps)
 
 
 def optimistix_lbfgs(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], Any]]:
-    """Unconstrained L-BFGS: its energies are those of the projected states."""
+    """Unconstrained L-BFGS on the energy of the projected state; a step is one evaluation."""
+    solver = optimistix.LBFGS(rtol=1e-12, atol=1e-12)
 
-    # a limit must be a Python integer there: one program for each
-    @partial(jax.jit, static_argnums=2)
-    def solve(graph: EnergyGraph, x0: jax.Array, count: int) -> jax.Array:
-        return optimistix.minimise(
-            lambda x, g: g.energy(jnp.clip(x, 0.0, 1.0)),
-            optimistix.LBFGS(rtol=1e-12, atol=1e-12),
-            x0,
-            args=graph,
-            max_steps=count,
-            throw=False,
-        ).value
+    def fn(x: jax.Array, g: EnergyGraph) -> tuple[jax.Array, None]:
+        return g.energy(jnp.clip(x, 0.0, 1.0)), None
 
-    return packaged(lambda s, count: solve(s.graph, s.x0, count), scenario, steps)
+    @jax.jit
+    def solve(graph: EnergyGraph, x0: jax.Array, count: jax.Array) -> jax.Array:
+        value = jax.eval_shape(lambda: fn(x0, graph)[0])
+        start, static = eqx.partition(
+            solver.init(fn, x0, graph, {}, value, None, frozenset()), eqx.is_array
+        )
+
+        def step(k: Any, carry: Any) -> Any:
+            x, state, energies = carry
+            state = eqx.combine(state, static)
+            x, state, _ = solver.step(fn, x, graph, {}, state, frozenset())
+            # the accepted state's energy; the candidate x of a rejected step is not one
+            energies = energies.at[k + 1].set(state.f_info.f)
+            return x, eqx.filter(state, eqx.is_array), energies
+
+        energies = jnp.full(steps + 1, jnp.inf).at[0].set(graph.energy(x0))
+        return jax.lax.fori_loop(0, count, step, (x0, start, energies))[2]
+
+    return counted(solve, scenario, steps)
+
+
+def counted(
+    solve: Callable[..., jax.Array], scenario: Scenario, steps: int
+) -> tuple[np.ndarray, Callable[[int], Any]]:
+    """A solver whose number of steps is data: one program for the curve and for the time."""
+
+    def run(count: int) -> Any:
+        return solve(scenario.graph, scenario.x0, count)
+
+    return np.minimum.accumulate(run(steps)), run
 
 
 def compare(smoke: bool, kinds: list[str]) -> list[dict[str, Any]]:
@@ -150,20 +160,26 @@ def compare(smoke: bool, kinds: list[str]) -> list[dict[str, Any]]:
         bound = float(scenario.graph.curvature(scenario.x0).lipschitz)
         methods = {
             "smallgain default": (ours, 40),
-            "SciPy L-BFGS-B": (lbfgsb, 200),
-            "optax L-BFGS": (partial(relaxed, optax.lbfgs()), 120),
+            "SciPy L-BFGS-B": (lbfgsb, 100),
+            "optax L-BFGS": (partial(relaxed, optax.lbfgs()), 100),
             "jaxopt L-BFGS-B": (jaxopt_lbfgsb, 60),
-            "optimistix L-BFGS": (optimistix_lbfgs, 48),
-            "capped gradient descent": (partial(relaxed, optax.sgd(1 / bound)), 400),
+            "optimistix L-BFGS": (optimistix_lbfgs, 150),
+            "capped gradient descent": (partial(relaxed, optax.sgd(1 / bound)), 300),
         }
-        runs = {name: prepare(scenario, most) for name, (prepare, most) in methods.items()}
+        runs, prepared_s = {}, {}
+        for name, (prepare, most) in methods.items():
+            started = time.perf_counter()
+            runs[name] = prepare(scenario, most)
+            prepared_s[name] = time.perf_counter() - started
         best = min(float(np.min(energies)) for energies, _ in runs.values())
         for name, (energies, run) in runs.items():
             reached = np.flatnonzero(energies <= best + SHARE * (energies[0] - best))
             row: dict[str, Any] = {"kind": kind, "nodes": size, "method": name}
-            row |= {"edges": scenario.graph.num_edges}
+            row |= {"edges": scenario.graph.num_edges, "most_steps": methods[name][1]}
+            row |= {"prepared_s": prepared_s[name]}
             row |= {"steps": int(reached[0]) if reached.size else None}
-            row |= measure(partial(run, row["steps"] or methods[name][1]))
+            # who does not arrive is timed once, at the most steps it was given
+            row |= measure(partial(run, row["steps"] or methods[name][1]), 3 if reached.size else 1)
             table.append(row)
             print(row, file=sys.stderr)
     return table
@@ -186,23 +202,44 @@ def measure(run: Callable[[], Any], repeats: int = 3) -> dict[str, float]:
 
 
 def scaling(smoke: bool, kinds: list[str]) -> dict[str, Any]:
-    """Processor time of a step against edges, and the exponent of the fitted power law."""
+    """Time of a step and peak memory against edges, and the exponents of fitted power laws."""
     del kinds
     rows = []
     for edges in (400, 4000) if smoke else (10_000, 100_000, 1_000_000, 10_000_000):
         scenario = random_graph("uniform", edges // 4, edges, seed=1)
+        row: dict[str, Any] = {"edges": edges, "graph_mib": mebibytes(scenario.graph)}
+        row["resident_before_mib"] = resident("VmRSS", forget_peak=True)
         few, many = (
             measure(partial(sg.relax, scenario.graph, scenario.x0, None, steps), 2)
             for steps in (2, 6)
         )
-        row = {"edges": edges}
+        row["peak_mib"] = resident("VmHWM")
         for key in ("wall_least_s", "processor_least_s"):
             row[key.replace("_least_s", "_per_step_s")] = (many[key] - few[key]) / 4
         rows.append(row)
         print(row, file=sys.stderr)
+    exponents = {
+        name: exponent(rows, name)
+        for name in ("wall_per_step_s", "processor_per_step_s", "graph_mib")
+    }
+    return {"rows": rows, "exponents": exponents}
+
+
+def exponent(rows: list[dict[str, Any]], name: str) -> float:
     x = np.log([row["edges"] for row in rows])
-    y = np.log([max(row["processor_per_step_s"], 1e-9) for row in rows])
-    return {"rows": rows, "exponent": float(np.polyfit(x, y, 1)[0])}
+    return float(np.polyfit(x, np.log([max(row[name], 1e-9) for row in rows]), 1)[0])
+
+
+def mebibytes(tree: Any) -> float:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if eqx.is_array(leaf)) / 2**20
+
+
+def resident(field: str, *, forget_peak: bool = False) -> float:
+    """Memory of this process as Linux counts it, in MiB; its peak can start anew."""
+    if forget_peak:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def batch(smoke: bool, kinds: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ All functions take pytrees shaped like the parameters and scalars; nothing here 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -99,9 +100,6 @@ def cosine(a: Any, b: Any) -> jax.Array:
     return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), 0)
 
 
-_Shortening = tuple[jax.Array, jax.Array, jax.Array]  # step, backtracks, accepted
-
-
 def armijo(
     trial: Callable[[jax.Array], Trial],
     value: jax.Array,
@@ -112,9 +110,10 @@ def armijo(
 ) -> Search:
     """Backtrack from step 1 until `value` has decreased by `decrease` times the promised slope.
 
-    (Armijo 1966; Nocedal and Wright, Numerical Optimization, algorithm 3.1.) Reverse-mode
-    differentiable: the loop only chooses how often to shrink, which is piecewise constant. That,
-    and a failure that is reported rather than taken, is why optax's line search does not serve.
+    (Armijo 1966; Nocedal and Wright, Numerical Optimization, algorithm 3.1.) Differentiable in both
+    modes: the derivative is that of `trial` at the step found, because how often to shrink is
+    piecewise constant. That, and a failure that is reported rather than taken, is why optax's line
+    search does not serve. Without derivatives each candidate is evaluated once, in a batch too.
 
     Args:
       trial: candidate at a step length.
@@ -127,26 +126,56 @@ def armijo(
       A `Search`; `accepted` is False when no candidate was good enough, `value` is not finite, or
       the promised decrease is lost in its rounding.
     """
+    one = jnp.ones((), value.dtype)
+    # what a trial closes over must be an argument of the search, which has a derivative of its own
+    closed = eqx.filter_closure_convert(trial, one)
+    rule = _Rule(decrease, shrink, max_backtracks)
+    last, step, accepted, backtracks = _search(closed, value, one, rule)
+    return Search(last, step, accepted, backtracks)
 
-    def good(candidate: Trial) -> jax.Array:
-        promised = jnp.minimum(candidate.slope, 0)
-        return jnp.isfinite(candidate.value) & (candidate.value <= value + decrease * promised)
 
-    def shorten(carry: _Shortening) -> _Shortening:
-        step, backtracks, _ = carry
-        step = step * shrink
-        return step, backtracks + 1, good(jax.lax.stop_gradient(trial(step)))
+class _Rule(NamedTuple):
+    decrease: float
+    shrink: float
+    max_backtracks: int
 
-    first = trial(jnp.ones((), value.dtype))
+
+_Found = tuple[Trial, jax.Array, jax.Array, jax.Array]  # trial, step, accepted, backtracks
+
+
+@eqx.filter_custom_jvp
+def _search(
+    trial: Callable[[jax.Array], Trial], value: jax.Array, start: jax.Array, rule: _Rule
+) -> _Found:
     resolution = jnp.finfo(value.dtype).eps * jnp.abs(value)
 
-    def searching(carry: _Shortening) -> jax.Array:
-        step, backtracks, accepted = carry
+    def searching(carry: tuple[_Found, jax.Array]) -> jax.Array:
+        (_, step, accepted, backtracks), slope = carry
         # a promise below the rounding of `value` can be neither kept nor broken
-        audible = -first.slope * step > resolution
-        return ~accepted & audible & (backtracks < max_backtracks)
+        audible = -slope * step > resolution
+        return (backtracks < 0) | (~accepted & audible & (backtracks < rule.max_backtracks))
 
-    start = (jnp.ones((), value.dtype), jnp.zeros((), jnp.int32), good(first))
-    step, backtracks, accepted = jax.lax.while_loop(searching, shorten, start)
-    last = jax.lax.cond(backtracks > 0, lambda: trial(step), lambda: first)
-    return Search(last, step, accepted, backtracks)
+    def attempt(carry: tuple[_Found, jax.Array]) -> tuple[_Found, jax.Array]:
+        (_, step, _, backtracks), slope = carry
+        step = jnp.where(backtracks < 0, step, step * rule.shrink)
+        candidate = trial(step)
+        promised = rule.decrease * jnp.minimum(candidate.slope, 0)
+        accepted = jnp.isfinite(candidate.value) & (candidate.value <= value + promised)
+        slope = jnp.where(backtracks < 0, candidate.slope, slope)
+        return (candidate, step, accepted, backtracks + 1), slope
+
+    # the loop makes the first attempt too: a program holds `trial` once
+    nothing = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), eqx.filter_eval_shape(trial, start)
+    )
+    none_yet = (nothing, start, jnp.zeros((), bool), jnp.full((), -1, jnp.int32))
+    return jax.lax.while_loop(searching, attempt, (none_yet, nothing.slope))[0]
+
+
+@_search.def_jvp  # type: ignore[untyped-decorator]
+def _search_jvp(primals: Any, tangents: Any) -> tuple[_Found, Any]:
+    """The derivative of the trial at the step that was found."""
+    trial, value, start, rule = primals
+    _, step, accepted, backtracks = _search(trial, value, start, rule)
+    last, moves = eqx.filter_jvp(lambda at: at(step), (trial,), tangents[:1])
+    return (last, step, accepted, backtracks), (moves, None, None, None)

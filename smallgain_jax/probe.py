@@ -96,8 +96,9 @@ def probe_optimizer(optimizer: optax.GradientTransformation, steps: int = 2000) 
             settled, first = _settle(optimizer, steps)
             linear, scale_free = _classify(optimizer, settled)
             one = _member(settled, 0)
-            if linear:
+            if linear and float(_answer(optimizer, one)) > 0:
                 return Probe(optimizer, one, None)
+            # accumulated gradients that alternate cancel, and tell nothing
             metric = _read_metric(optimizer, settled, first) if scale_free else None
             return None if metric is None else Probe(optimizer, one, metric)
     except (TypeError, ValueError):

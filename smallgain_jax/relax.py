@@ -79,7 +79,6 @@ def relax(
             f"x0 has shape {x0.shape}, expected [{graph.num_nodes}] or [{graph.num_nodes}, d]"
         )
     check_finite("x0", x0)
-    x0 = x0.astype(jax.eval_shape(graph.energy, x0).dtype)
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
     box = _box(bounds, x0)
@@ -89,7 +88,7 @@ def relax(
 def _box(bounds: tuple[ArrayLike, ArrayLike] | None, x0: jax.Array) -> Box | None:
     if bounds is None:
         return None
-    lower, upper = (jnp.asarray(end, x0.dtype) for end in bounds)
+    lower, upper = (jnp.asarray(end) for end in bounds)
     for name, end in (("lower", lower), ("upper", upper)):
         if end.shape not in ((), x0.shape):
             raise ValueError(f"bounds: {name} has shape {end.shape}, expected () or {x0.shape}")
@@ -124,6 +123,9 @@ def _relax(
     record: Any,
     state: Any,
 ) -> RelaxResult:
+    # in here: tracing the energy at every call would cost more than many a relaxation
+    x0 = x0.astype(jax.eval_shape(graph.energy, x0).dtype)
+    box = None if box is None else Box(*(end.astype(x0.dtype) for end in box))
     ours = optimizer is None
     optimizer = optax.with_extra_args_support(
         majorized_descent(graph) if optimizer is None else optimizer
@@ -138,9 +140,7 @@ def _relax(
 
     def evaluate(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
         if isinstance(state, MajorizedDescentState):
-            # an infinite value: nothing is stored yet
-            fresh = partial(jax.value_and_grad(graph.energy), x)
-            return jax.lax.cond(jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh)
+            return state.value, state.grad
         if box is None and _stores_gradient(state):
             return optax.value_and_grad_from_state(objective)(x, state=state)
         # a stored gradient would be that of the projected objective, blind beyond the bound
@@ -176,6 +176,12 @@ def _relax(
     if state is None:
         state = optimizer.init(x)
         value, gradient = jax.value_and_grad(graph.energy)(x)
+    elif isinstance(state, MajorizedDescentState):
+        # an infinite value: nothing is stored yet, as `init` leaves it
+        fresh = partial(jax.value_and_grad(graph.energy), x)
+        value, gradient = jax.lax.cond(
+            jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh
+        )
     else:
         value, gradient = evaluate(x, state)
     start = _Carry(

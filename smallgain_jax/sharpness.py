@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from smallgain_jax._checks import float_dtype
-from smallgain_jax.energy.losses import Losses
+from smallgain_jax.energy.losses import Losses, check_real
 
 Product = Callable[[Any], Any]
 """v -> H v, on pytrees shaped like the parameters."""
@@ -219,11 +219,15 @@ def sharpness(
     Returns:
       A scalar, an estimate from below.
 
+    Raises:
+      TypeError: complex parameters.
+
     >>> from smallgain_jax.energy.losses import terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": x[0] ** 2})
     >>> sharpness(losses, jnp.ones(2)).round(3).item()
     4.0
     """
+    check_real(params)
     names = losses.names_at(params, *args)
     mix = jnp.ones(len(names)) if weights is None else jnp.asarray(weights)
     product = PRODUCTS[curvature](losses, mix, params, args)

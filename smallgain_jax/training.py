@@ -14,7 +14,7 @@ from optax.experimental import aggregating
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
 from smallgain_jax.allocate import allocate
 from smallgain_jax.balance import balance_residual, interaction_ratio
-from smallgain_jax.energy.losses import Losses, check_params
+from smallgain_jax.energy.losses import Losses, check_params, check_real
 from smallgain_jax.margin import row_budgets
 from smallgain_jax.probe import Probe, probe_optimizer
 from smallgain_jax.sharpness import (
@@ -287,7 +287,8 @@ def _check(settings: TrainingSettings) -> None:
 def _initial_state(
     base: optax.GradientTransformation, params: Any, num_terms: int, settings: TrainingSettings
 ) -> TrainingState:
-    dtype = float_dtype(*(jnp.real(jnp.zeros((), leaf.dtype)) for leaf in jax.tree.leaves(params)))
+    check_real(params)
+    dtype = float_dtype(*(jnp.zeros((), leaf.dtype) for leaf in jax.tree.leaves(params)))
     rows = len(label_blocks(params, settings.blocks)[1])
 
     # every field its own buffer: a donated state may not alias itself

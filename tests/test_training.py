@@ -111,7 +111,15 @@ def test_limits_of_base_optimizers(name):
 
 
 @pytest.mark.once
-@pytest.mark.parametrize("optimizer", [optax.lion(0.1), optax.adagrad(0.1), optax.lbfgs()])
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lion(0.1),
+        optax.adagrad(0.1),
+        optax.lbfgs(),
+        optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+    ],
+)
 def test_optimizers_without_a_limit(optimizer):
     from smallgain_jax.probe import probe_optimizer
 
@@ -383,6 +391,10 @@ def test_bad_calls_are_named():
         optimizer.update(x, state, x, term_args=x)
     with pytest.raises(ValueError, match="term_grads"):
         optimizer.update(x, state, x, term_grads=jnp.ones((3, 2)))
+    with pytest.raises(TypeError, match="params is complex"):
+        optimizer.init(jnp.ones(2, jnp.complex64))
+    with pytest.raises(TypeError, match="params is complex"):
+        sg.sharpness(sg.terms(quadratics), jnp.ones(2, jnp.complex64))
     with pytest.raises(TypeError, match="params is int32"):
         sg.terms(quadratics).value_and_term_grads(jnp.ones(2, jnp.int32))
 
@@ -396,7 +408,7 @@ def test_weights_survive_a_restart_and_a_switch_of_optimizer(tmp_path):
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
     second = sg.small_gain(optax.adam(1e-3), quadratics, every=1)
-    moved = loaded._replace(base_state=optax.adam(1e-3).init(x))
+    moved = second.init(x)._replace(weights=loaded.weights, log_weights=loaded.log_weights)
     updates, moved = jax.jit(second.update)(jnp.ones(2), moved, x)
     np.testing.assert_array_equal(moved.weights, state.weights)
     assert np.all(np.isfinite(updates))

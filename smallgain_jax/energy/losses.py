@@ -172,3 +172,13 @@ def check_params(params: Any) -> None:
                 f"params{jax.tree_util.keystr(path)} is {what}, which has no gradient: split the "
                 "model first, as in params, static = eqx.partition(model, eqx.is_inexact_array)"
             )
+
+
+def check_real(params: Any) -> None:
+    """Raise for complex leaves: JAX's gradient there is conjugated, and power iteration is not."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+            raise TypeError(
+                f"params{jax.tree_util.keystr(path)} is complex: give its real and imaginary parts "
+                "as two leaves"
+            )

@@ -1,0 +1,3 @@
+"""Doctests of the pages need neither Sphinx nor the notebooks."""
+
+collect_ignore = ["conf.py", "_ext"]
