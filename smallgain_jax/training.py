@@ -156,6 +156,7 @@ def trained(
         settings = settings._replace(guard=GUARD)
 
     def init(params: Any) -> TrainingState:
+        check_real(params)
         num_terms = len(losses.names_at(params))
         priorities = settings.priorities
         if priorities is not None and len(priorities) != num_terms:
@@ -287,7 +288,6 @@ def _check(settings: TrainingSettings) -> None:
 def _initial_state(
     base: optax.GradientTransformation, params: Any, num_terms: int, settings: TrainingSettings
 ) -> TrainingState:
-    check_real(params)
     dtype = float_dtype(*(jnp.zeros((), leaf.dtype) for leaf in jax.tree.leaves(params)))
     rows = len(label_blocks(params, settings.blocks)[1])
 
