@@ -258,8 +258,12 @@ def test_given_term_gradients_change_nothing():
 
 @pytest.mark.once
 def test_anneal_returns_to_the_reference():
+    # optax's linear schedule may end a rounding away from 0
     optimizer = sg.small_gain(
-        optax.sgd(1e-3), quadratics, every=1, anneal=optax.linear_schedule(1.0, 0.0, 200)
+        optax.sgd(1e-3),
+        quadratics,
+        every=1,
+        anneal=lambda count: jnp.where(count < 200, 1 - count / 200, 0.0),
     )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
     np.testing.assert_array_equal(state.weights, 1)
