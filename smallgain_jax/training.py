@@ -14,7 +14,7 @@ from optax.experimental import aggregating
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
 from smallgain_jax.allocate import allocate
 from smallgain_jax.balance import balance_residual, interaction_ratio
-from smallgain_jax.energy.losses import Losses, check_params, check_real
+from smallgain_jax.energy.losses import UNROLLED, Losses, check_params, check_real
 from smallgain_jax.margin import row_budgets
 from smallgain_jax.probe import Probe, probe_optimizer
 from smallgain_jax.sharpness import (
@@ -28,7 +28,7 @@ from smallgain_jax.sharpness import (
 Limit = float | jax.Array | Callable[[jax.Array], Any] | None
 
 FIRST_ITERATIONS = 20
-"""Of power iteration from its random start, and when the loss has left its level; other calls go on
+"""Of power iteration from its random start, and when the loss leaves its level; other calls go on
 from the last one's vector."""
 ADAPTIVE_WARMUP = 100
 """Updates before second moments mean anything; with beta_2 = 0.999 they average a tenth then."""
@@ -38,6 +38,8 @@ twice the limit such catapults end well (Lewkowycz et al., *The large learning r
 learning*, 2020)."""
 ALARM = 2.0
 """A total loss this many times its average is on its way out: see `_Watch`."""
+ALARM_MEMORY = 0.99
+"""By which the loss of the last alarm is forgotten at each update: its half-life is 69."""
 
 
 class TrainingInfo(NamedTuple):
@@ -56,8 +58,8 @@ class TrainingInfo(NamedTuple):
     margin_rows: jax.Array  # [R] T - row_sharpness
     guard: jax.Array  # [] factor on the base optimizer's update
     gains: jax.Array  # [R] factors on its rows
-    balance_residual: jax.Array  # [] B; NaN where per-term gradients are not at hand
-    interaction_ratio: jax.Array  # [] I
+    balance_residual: jax.Array  # [] B as last measured; NaN without per-term gradients
+    interaction_ratio: jax.Array  # [] I likewise
     accepted: jax.Array  # [] bool; False for an update skipped as not finite
     skipped: jax.Array  # [] int32, how many so far
 
@@ -70,7 +72,8 @@ class TrainingState(NamedTuple):
     log_weights: jax.Array  # [K] as allocated, before any return to the reference
     scores: jax.Array  # [K] moving averages of value over cost
     level: jax.Array  # [] moving average of the total loss
-    recovering: jax.Array  # [] bool, from a loss that left it until it is back
+    peak: jax.Array  # [] total loss at the last alarm, on its way back to the level
+    recovering: jax.Array  # [] bool, from a loss that left its level until it is back
     headroom: jax.Array  # [] multiple of the limit at which the guard engages
     vectors: tuple[Any, ...]  # of power iteration: one per loss, one for the sum, one by block
     base_state: Any
@@ -116,13 +119,17 @@ class _Watch(NamedTuple):
     """How the total loss stands against its average.
 
     Sharpness above the limit is no harm while the loss holds. When it has left its level, the
-    sharpness is measured at once, and until it is back the guard engages below the limit; and
-    every such excursion halves the headroom above it, which then grows back by 0.1 % an update.
+    guard engages below the limit until it is back, and every such excursion halves the headroom
+    above the limit, which then grows back by 0.1 % an update. The sharpness is measured at once,
+    unless the loss stood as high at an alarm not long ago: mini-batches may leave the level every
+    other update and be back at the next, where a divergence goes from one record to another.
     """
 
     level: jax.Array  # []
+    peak: jax.Array  # []
     alarmed: jax.Array  # [] bool, by this very loss
-    recovering: jax.Array  # [] bool; also where no loss is known, so that nothing can be watched
+    recovering: jax.Array  # [] bool
+    unwatched: jax.Array  # [] bool, where no loss is known
     headroom: jax.Array  # []
 
 
@@ -136,6 +143,17 @@ class _Prices(NamedTuple):
 
 
 _Measured = tuple[_Prices, tuple[Any, ...]]  # and the vectors of power iteration
+
+
+class _Decision(NamedTuple):
+    """All that changes only where something is measured."""
+
+    prices: _Prices
+    vectors: tuple[Any, ...]
+    log_weights: jax.Array  # [K]
+    scores: jax.Array  # [K]
+    balance_residual: jax.Array  # []
+    interaction_ratio: jax.Array  # []
 
 
 def trained(
@@ -181,27 +199,44 @@ def trained(
         args = tuple(term_args)
         terms = _first_order(losses, params, args, term_grads, term_values, per_term, state.weights)
         watch = _watch(settings, state, jnp.vdot(state.weights, terms.values))
-        healthy = _finite(updates) & _finite(terms.gradients)
+        healthy = _finite(updates, terms.gradients)
         if term_grads is None or term_values is not None:
             healthy = healthy & jnp.all(jnp.isfinite(terms.values))
 
         due = (state.count % settings.every == 0) | watch.alarmed
         due = due & (state.count >= warmup)
         at = tuple(args if curvature_args is None else curvature_args)
+        same_batch = terms.gradients if curvature_args is None else None
 
-        def look() -> tuple[_Prices, tuple[Any, ...], jax.Array, jax.Array]:
+        def look() -> _Decision:
             prices, vectors = _second_order(
-                losses, settings, probe, state, params, at, watch.alarmed
+                losses, settings, probe, state, params, at, same_batch, watch.alarmed
             )
-            return prices, vectors, *_decide(settings, scale_free, state, terms, prices)
+            log_weights, scores = _decide(settings, scale_free, state, terms, prices)
+            decision = _Decision(
+                prices,
+                vectors,
+                log_weights,
+                scores,
+                _of_gradients(balance_residual, terms.gradients),
+                _of_gradients(interaction_ratio, terms.gradients),
+            )
+            return cast_like(decision, rest())
 
-        def rest() -> tuple[_Prices, tuple[Any, ...], jax.Array, jax.Array]:
-            return _known_prices(state), state.vectors, state.log_weights, state.scores
+        def rest() -> _Decision:
+            info = state.info
+            return _Decision(
+                _known_prices(state),
+                state.vectors,
+                state.log_weights,
+                state.scores,
+                info.balance_residual,
+                info.interaction_ratio,
+            )
 
         # a decision, not a function to differentiate
-        prices, vectors, log_weights, scores = jax.lax.stop_gradient(
-            jax.lax.cond(due & healthy, look, rest)
-        )
+        decision = jax.lax.stop_gradient(jax.lax.cond(due & healthy, look, rest))
+        prices, log_weights = decision.prices, decision.log_weights
         keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
         weights = jnp.exp(keep * log_weights)
 
@@ -238,8 +273,8 @@ def trained(
             margin_rows=target - prices.row_sharpness * drift,
             guard=guard,
             gains=gains,
-            balance_residual=_of_gradients(balance_residual, terms.gradients),
-            interaction_ratio=_of_gradients(interaction_ratio, terms.gradients),
+            balance_residual=decision.balance_residual,
+            interaction_ratio=decision.interaction_ratio,
             accepted=healthy,
             skipped=state.info.skipped + (1 - healthy.astype(jnp.int32)),
         )
@@ -247,11 +282,12 @@ def trained(
             count=optax.safe_increment(state.count),
             weights=jnp.where(healthy, weights, state.weights),
             log_weights=log_weights,
-            scores=scores,
+            scores=decision.scores,
             level=jnp.where(healthy, watch.level, state.level),
+            peak=jnp.where(healthy, watch.peak, state.peak),
             recovering=jnp.where(healthy, watch.recovering, state.recovering),
             headroom=jnp.where(healthy, watch.headroom, state.headroom),
-            vectors=vectors,
+            vectors=decision.vectors,
             base_state=base_state,
             info=info,
         )
@@ -318,6 +354,7 @@ def _initial_state(
         log_weights=full(0, num_terms),
         scores=full(0, num_terms),
         level=full(0),
+        peak=full(0),
         recovering=jnp.zeros((), bool),
         headroom=full(jnp.inf),
         vectors=tuple(random_vector(k, params) for k in range(num_vectors)),
@@ -365,17 +402,24 @@ def _second_order(
     state: TrainingState,
     params: Any,
     args: tuple[Any, ...],
+    gradients: Any | None,
     alarmed: jax.Array,
-) -> tuple[_Prices, tuple[Any, ...]]:
-    """Measure one loss, or the sum, in turn: about one Hessian-vector product. All, if need be."""
+) -> _Measured:
+    """Measure one loss, or the sum, in turn: about one product with a Hessian.
+
+    At first all of them; at an alarm the sum, which is what the guard goes by.
+    """
     num_terms = state.weights.shape[0]
     labels, names = label_blocks(params, settings.blocks)
     root = _root(settings, probe, state, params)
-    everything = alarmed | ~(state.info.sharpness > 0)
-    iterations = jnp.where(everything, FIRST_ITERATIONS, settings.iterations)
+    everything = ~(state.info.sharpness > 0)
+    iterations = jnp.where(everything | alarmed, FIRST_ITERATIONS, settings.iterations)
 
     def measure(mix: Any, vector: Any, by_block: list[int]) -> tuple[jax.Array, Any]:
-        product = PRODUCTS[settings.curvature](losses, mix, params, args)
+        gradient = None
+        if gradients is not None:
+            gradient = jax.tree.map(partial(_mixed, jnp.asarray(mix)), gradients)
+        product = PRODUCTS[settings.curvature](losses, mix, params, args, gradient)
         curvature, vector = power_iteration(product, vector, root, by_block, iterations)
         return curvature.astype(state.info.cost.dtype), vector
 
@@ -400,6 +444,7 @@ def _second_order(
 
     turns = [partial(one_loss, k) for k in range(num_terms)] + [the_sum]
     turn = (state.count // settings.every) % len(turns)
+    turn = jnp.where(alarmed | state.recovering, num_terms, turn)
     prices = _known_prices(state)._replace(limit=_limit(settings, probe, state))
     return jax.lax.fori_loop(
         jnp.where(everything, 0, turn),
@@ -440,17 +485,19 @@ def _total(weights: jax.Array, cost: jax.Array) -> jax.Array:
 
 def _watch(settings: TrainingSettings, state: TrainingState, total: jax.Array) -> _Watch:
     known = jnp.isfinite(total)
-    started = state.level != 0
-    alarmed = known & started & (total > ALARM * state.level)
-    recovering = alarmed | (state.recovering & (total > state.level))
+    started = known & (state.level != 0)
+    left = started & (total > ALARM * state.level)
+    alarmed = left & (total > ALARM * state.peak)
+    recovering = left | (state.recovering & (total > state.level))
     # while the loss is away its average all but rests: following it would excuse the next excursion
     follow = jnp.where(recovering, 1e-3, 0.1)
     level = (1 - follow) * state.level + follow * jnp.minimum(total, ALARM * state.level)
     level = jnp.where(known, jnp.where(started, level, total), state.level)
+    peak = jnp.where(alarmed, total, ALARM_MEMORY * state.peak)
     loose: Any = jnp.inf if settings.guard is None else settings.guard
-    grown = jnp.minimum(loose, jnp.where(alarmed & ~state.recovering, 0.5, 1.001) * state.headroom)
+    grown = jnp.minimum(loose, jnp.where(left & ~state.recovering, 0.5, 1.001) * state.headroom)
     headroom = jnp.maximum(grown, jnp.minimum(loose, settings.target))
-    return _Watch(level, alarmed, ~known | recovering, headroom)
+    return _Watch(level, peak, alarmed, recovering, ~known, headroom)
 
 
 def _decide(
@@ -534,7 +581,7 @@ def _factors(
     known = jnp.isfinite(prices.limit) & (sharpness > 0) & jnp.isfinite(sharpness)
     if settings.guard is not None:
         tight = jnp.minimum(watch.headroom, settings.target)
-        multiple = jnp.where(watch.recovering, tight, watch.headroom)
+        multiple = jnp.where(watch.recovering | watch.unwatched, tight, watch.headroom)
         over = multiple * prices.limit / jnp.where(known, sharpness, 1)
         guard = jnp.where(known, jnp.minimum(1, over), 1)
     gains = jnp.ones_like(prices.row_sharpness)
@@ -560,7 +607,12 @@ def _scale(
 
 
 def _mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:
-    return jnp.tensordot(mix.astype(stacked.dtype), stacked, axes=1)
+    mix = mix.astype(stacked.dtype)
+    if stacked.shape[0] > UNROLLED:
+        return jnp.tensordot(mix, stacked, axes=1)
+    # unlike a product of matrices this fuses with what comes next
+    parts = [mix[k] * stacked[k] for k in range(stacked.shape[0])]
+    return sum(parts[1:], parts[0])
 
 
 def _times(weights: jax.Array, stacked: jax.Array) -> jax.Array:
@@ -571,8 +623,13 @@ def _of_gradients(measure: Callable[[Any], jax.Array], gradients: Any) -> jax.Ar
     return jnp.asarray(jnp.nan) if gradients is None else measure(gradients)
 
 
-def _finite(tree: Any) -> jax.Array:
-    return jnp.all(jnp.asarray([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+def _finite(updates: Any, stacked: Any) -> jax.Array:
+    """Whether every number is; what overflows in their sum counts as infinite."""
+    total = updates
+    if stacked is not None:
+        total = jax.tree.map(lambda u, g: u + _mixed(jnp.ones(g.shape[0]), g), updates, stacked)
+    # zeros, or NaN: a sum of floats is one fused pass, which a reduction of booleans is not
+    return sum((jnp.sum(0 * leaf) for leaf in jax.tree.leaves(total)), jnp.zeros(())) == 0
 
 
 def _select(condition: jax.Array, yes: Any, no: Any) -> Any:

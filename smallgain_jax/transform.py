@@ -178,7 +178,10 @@ def small_gain(
       metric: P for optimizers that `probe` cannot read: `metric(base_state, params)` gives a
         pytree like `params`, positive (losses).
       priorities: p_k, float [K], positive; None for ones (losses, "fair").
-      curvature: "hessian", or "gauss_newton" for terms made with `outputs` (losses).
+      curvature: "hessian"; "gauss_newton" for terms made with `outputs`; or "difference" of two
+        gradients, which takes a third of the time and no memory of its own, where parameters and
+        products of matrices are float32 or wider. With `term_grads` it starts from those, which
+        then must be of these very losses on `term_args`: no averages over devices (losses).
       iterations: of power iteration at each turn, static (losses).
       blocks: rows of the parameters: None for one, "leaves", or a function of a leaf's key path
         that names its block; each costs K + 1 Hessian-vector products more (losses).

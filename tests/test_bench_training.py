@@ -10,7 +10,16 @@ import optax
 import pytest
 import scipy.optimize
 
-from bench.training import aggregate, burgers, digits, helmholtz, peers, problems, quadratics
+from bench.training import (
+    aggregate,
+    burgers,
+    digits,
+    helmholtz,
+    overhead,
+    peers,
+    problems,
+    quadratics,
+)
 from bench.training import report as reporting
 from bench.training import run as running
 from bench.training.methods import METHODS
@@ -423,3 +432,12 @@ def test_report_marks_the_best():
     assert lines[6].endswith("|  |")
     assert "| inf | inf to inf | inf to inf | 5 |" in lines[7]
     assert lines[7].endswith("|  |")
+
+
+@pytest.mark.once
+def test_overhead_is_measured(monkeypatch):
+    monkeypatch.setattr(overhead, "CHUNKS", {"quadratics": 5})
+    monkeypatch.setattr(overhead, "VARIANTS", [(2, "difference")])
+    fixed, ours = overhead.measure("quadratics", 2)
+    assert fixed["over_fixed"] == 1
+    assert ours["ms"] >= ours["least_ms"] > 0

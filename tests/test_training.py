@@ -41,8 +41,11 @@ def train(optimizer, fn, x, steps, keys=()):
     return x, state, history
 
 
-def test_prices_are_curvatures():
-    optimizer = sg.small_gain(optax.sgd(1e-3), quadratics, every=1, floor=1, ceiling=1)
+@pytest.mark.parametrize("curvature", ["hessian", "difference"])
+def test_prices_are_curvatures(curvature):
+    optimizer = sg.small_gain(
+        optax.sgd(1e-3), quadratics, every=1, floor=1, ceiling=1, curvature=curvature
+    )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 60)
     top = [np.linalg.eigvalsh(matrix)[-1] for matrix in (A, B, A + B)]
     np.testing.assert_allclose(state.info.cost[:, 0], top[:2], rtol=1e-3)
@@ -197,6 +200,24 @@ def test_no_rate_diverges_under_the_guard(times, momentum):
 
 
 @pytest.mark.once
+def test_outliers_among_the_batches_are_measured_seldom():
+    """An alarm costs twenty products with a Hessian: noise may not raise one every other time."""
+    optimizer = sg.small_gain(
+        optax.sgd(1e-3), sg.terms(lambda x, size: {"a": size * jnp.sum(x**2)}, names=("a",))
+    )
+    x = jnp.ones(2)
+
+    def step(state, size):
+        _, new = optimizer.update(2 * size * x, state, x, term_args=(size,))
+        return new, (new.peak > state.peak, new.recovering)
+
+    sizes = 10.0 ** np.random.default_rng(0).normal(0, 1, 2000)
+    _, (alarmed, away) = jax.lax.scan(step, optimizer.init(x), jnp.asarray(sizes, x.dtype))
+    assert np.sum(away) > 200
+    assert 0 < np.sum(alarmed) <= 2000 / 69 + np.log2(sizes.max() / sizes.min())
+
+
+@pytest.mark.once
 def test_a_guard_below_the_limit_converges_at_any_rate():
     top = np.linalg.eigvalsh(A + B)[-1]
     optimizer = sg.small_gain(optax.sgd(20 / top), quadratics, floor=1, ceiling=1, guard=0.9)
@@ -235,6 +256,42 @@ def test_gauss_newton_product():
     hessian = jax.jit(jax.hessian(lambda w: losses.values(w, x)[0]))(w)
     found = sg.sharpness(losses, w, x, iterations=300)
     np.testing.assert_allclose(found, np.abs(np.linalg.eigvalsh(hessian)).max(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_differences_of_gradients_are_hessian_products(given):
+    x, y = np.random.default_rng(0).normal(size=(2, 64, 8))
+
+    def fn(p):
+        error = jnp.tanh(jnp.asarray(x, p[0].dtype) @ p[0]) @ p[1] - jnp.asarray(
+            y[:, 0], p[0].dtype
+        )
+        return {"fit": jnp.mean(error**2), "size": jnp.sum(p[0] ** 4), "flat": jnp.sum(p[1])}
+
+    from smallgain_jax.sharpness import PRODUCTS, random_vector
+
+    losses = sg.terms(fn)
+    params = [jnp.asarray(0.3 * x[:8]), jnp.asarray(y[0])]
+    vector = random_vector(0, params)
+
+    @jax.jit
+    def products(mix):
+        gradient = None
+        if given:
+            _, grads = losses.value_and_term_grads(params)
+            gradient = jax.tree.map(lambda g: jnp.tensordot(mix, g, 1), grads)
+        return [
+            jax.flatten_util.ravel_pytree(
+                PRODUCTS[name](losses, mix, params, (), gradient)(vector)
+            )[0]
+            for name in ("difference", "hessian")
+        ]
+
+    for mix in ([1, 0, 0], [0, 1, 0], [2.0, 0.5, 1.0]):
+        found, exact = products(jnp.asarray(mix, float))
+        np.testing.assert_allclose(found, exact, atol=5e-3 * np.abs(exact).max())
+    # what is linear has none, and its weight is kept
+    np.testing.assert_array_equal(products(jnp.array([0.0, 0.0, 1.0]))[0], 0)
 
 
 def test_given_term_gradients_change_nothing():
@@ -397,6 +454,10 @@ def test_bad_calls_are_named():
         optimizer.update(x, state, x, term_grads=jnp.ones((3, 2)))
     with pytest.raises(TypeError, match="params is complex"):
         optimizer.init(jnp.ones(2, jnp.complex64))
+    coarse = sg.small_gain(optax.sgd(0.1), quadratics, curvature="difference")
+    half = jnp.ones(2, jnp.bfloat16)
+    with pytest.raises(TypeError, match="params is bfloat16"):
+        coarse.update(half, coarse.init(half), half)
     with pytest.raises(TypeError, match="params is complex"):
         sg.sharpness(sg.terms(quadratics), jnp.ones(2, jnp.complex64))
     with pytest.raises(TypeError, match="params is int32"):

@@ -1,0 +1,92 @@
+"""Time of a step of small_gain over fixed weights: `python -m bench.training.overhead`.
+
+Both loops are compiled, evaluate the gradient of each term, and run in turns; `small_gain` is given
+the gradients. The learning rate, the sequence of batches and the start are the same.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import smallgain_jax as sg
+from bench.run import about
+from bench.training import problems
+from bench.training.problems import Problem, value_and_term_grads
+
+CHUNKS = {"quadratics": 1000, "digits": 100, "helmholtz": 120, "burgers": 30}
+VARIANTS = [(10, "hessian"), (10, "difference"), (20, "hessian")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="*", choices=CHUNKS, default=["helmholtz", "digits"])
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(argv)
+    rows = [row for name in options.cases for row in measure(name, options.rounds)]
+    if options.out:
+        options.out.write_text(json.dumps({"about": about(), "rows": rows}, indent=1) + "\n")
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """Median and least time of a step, in ms and over fixed weights'."""
+    problem = problems.make(name)
+    rate = problem.rates[min(1, len(problem.rates) - 1)]
+    bare = optax.with_extra_args_support(problem.optimizer(rate))
+    runs = {"fixed weights": loop(problem, bare, CHUNKS[name])}
+    for every, curvature in VARIANTS:
+        optimizer = sg.small_gain(
+            problem.optimizer(rate), problem.losses, every=every, curvature=curvature
+        )
+        runs[f"every={every}, {curvature}"] = loop(problem, optimizer, CHUNKS[name])
+    times: dict[str, list[float]] = {label: [] for label in runs}
+    for _ in range(rounds):
+        for label, (run, carry) in runs.items():
+            before = time.perf_counter()
+            jax.block_until_ready(run(carry, jnp.int32(1000)))
+            times[label].append(1e3 * (time.perf_counter() - before) / CHUNKS[name])
+    rows = []
+    for label, found in times.items():
+        median, least = statistics.median(found), min(found)
+        row = {"case": name, "method": label, "ms": median, "least_ms": least}
+        row["over_fixed"] = median / statistics.median(times["fixed weights"])
+        row["least_over_fixed"] = least / min(times["fixed weights"])
+        rows.append(row)
+        print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    return rows
+
+
+def loop(problem: Problem, optimizer: optax.GradientTransformationExtraArgs, chunk: int) -> Any:
+    """A compiled loop of `chunk` steps, and a state past every warm-up."""
+
+    def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
+        params, state = carry
+        args = problem.batch(jax.random.fold_in(jax.random.key(0), index))
+        values, grads = value_and_term_grads(problem, params, *args)
+        total = jax.tree.map(lambda g: g.sum(axis=0), grads)
+        given = {"term_grads": grads, "term_values": values, "term_args": args}
+        updates, state = optimizer.update(total, state, params, **given)
+        return (optax.apply_updates(params, updates), state), None
+
+    @jax.jit
+    def run(carry: Any, first: jax.Array) -> Any:
+        return jax.lax.scan(step, carry, first + jnp.arange(chunk))[0]
+
+    params = problem.init(jnp.int32(0))
+    carry = (params, optimizer.init(params))
+    print(f"{problem.name}: compiling, and warming up", file=sys.stderr)
+    for k in range(3 + 200 // chunk):
+        carry = run(carry, jnp.int32(k * chunk))
+    return run, jax.block_until_ready(carry)
+
+
+if __name__ == "__main__":
+    main()
