@@ -68,7 +68,7 @@ def relaxed(
 def lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], Any]]:
     """SciPy's L-BFGS-B with our jitted value and gradient."""
     graph, energies = scenario.graph, []
-    value_and_grad = jax.jit(lambda g, x: jax.value_and_grad(g.energy)(x))
+    value_and_grad = jax.jit(lambda g, x: g.value_and_gradient(x))
 
     def host(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_grad(graph, x)

@@ -77,7 +77,7 @@ def steps_to(energy: np.ndarray, minimum: float) -> list[int | None]:
 
 def lbfgsb(scenario: Scenario, iterations: int) -> tuple[np.ndarray, float]:
     """SciPy's L-BFGS-B with our jitted value and gradient: energies by iteration, seconds."""
-    value_and_grad = jax.jit(jax.value_and_grad(scenario.graph.energy))
+    value_and_grad = jax.jit(lambda x: scenario.graph.value_and_gradient(x))
 
     def host(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_grad(jnp.asarray(x))

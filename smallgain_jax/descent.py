@@ -218,7 +218,7 @@ def _search(
 ) -> Search:
     def trial(step: jax.Array) -> Trial:
         candidate = box.project(x + step * move)
-        new_value, new_gradient = jax.value_and_grad(graph.energy)(candidate)
+        new_value, new_gradient = graph.value_and_gradient(candidate)
         finite = jnp.all(jnp.isfinite(new_gradient))
         new_value = jnp.where(finite, new_value, jnp.inf)
         moved = candidate - x

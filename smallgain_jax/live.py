@@ -137,9 +137,12 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: PathLike) -> None:
-        module = optional_module("tensorboardX", "tensorboard")
+        # its SummaryWriter hands every event to another thread, and waits each time for a semaphore
+        module = optional_module("tensorboardX.event_file_writer", "tensorboard")
         self._summary = optional_module("tensorboardX.proto.summary_pb2", "tensorboard").Summary
-        self._writer = module.SummaryWriter(str(folder))
+        self._event = optional_module("tensorboardX.proto.event_pb2", "tensorboard").Event
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._writer = module.EventsWriter(str(Path(folder) / "events"))
 
     def write(self, rows: Table) -> None:
         names = [name.replace(":", "/") for name in rows.columns if name != "step"]
@@ -150,7 +153,8 @@ class TensorBoardSink:
         ):
             told = zip(names, values, strict=True)
             scalars = [self._summary.Value(tag=n, simple_value=v) for n, v in told if v == v]
-            self._writer.file_writer.add_summary(self._summary(value=scalars), step, now)
+            summary = self._summary(value=scalars)
+            self._writer.write_event(self._event(wall_time=now, step=step, summary=summary))
         self._writer.flush()
 
     def close(self) -> None:

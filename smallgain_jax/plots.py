@@ -351,6 +351,8 @@ def score_cost(
         raise ValueError(f"cost has shape {x.shape}, expected that of scores, {y.shape}, as [K]")
     of = np.zeros(y.shape, int) if families is None else np.asarray(families)
     axes = _axes(ax, 6.4, 4.0)
+    # what is below rounding beside the dearest term is no price: exponents would fill the axis
+    x = np.where(x > np.finfo(x.dtype).eps * np.max(x, initial=0.0), x, 0)
     priced = x[x > 0]
     wide = bool(priced.size) and priced.max() > 30 * priced.min()
     lowest = priced.min() / 3 if wide else 0.0

@@ -144,7 +144,7 @@ def _relax(
         if box is None and _stores_gradient(state):
             return optax.value_and_grad_from_state(objective)(x, state=state)
         # a stored gradient would be that of the projected objective, blind beyond the bound
-        return jax.value_and_grad(graph.energy)(x)
+        return graph.value_and_gradient(x)
 
     def optimality(x: jax.Array, gradient: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(everything.project(x - gradient) - x), initial=0.0)
@@ -175,10 +175,10 @@ def _relax(
     x = everything.project(x0)
     if state is None:
         state = optimizer.init(x)
-        value, gradient = jax.value_and_grad(graph.energy)(x)
+        value, gradient = graph.value_and_gradient(x)
     elif isinstance(state, MajorizedDescentState):
         # an infinite value: nothing is stored yet, as `init` leaves it
-        fresh = partial(jax.value_and_grad(graph.energy), x)
+        fresh = partial(graph.value_and_gradient, x)
         value, gradient = jax.lax.cond(
             jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh
         )

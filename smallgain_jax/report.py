@@ -34,7 +34,7 @@ _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:76rem;padding:0 1rem;"
     "color:#111;background:#fff}table{border-collapse:collapse;font-size:13px;"
     "font-variant-numeric:tabular-nums}th,td{padding:.2rem .6rem;border-bottom:1px solid #ddd;"
-    "text-align:right;white-space:nowrap}td:first-child,th:first-child{text-align:left}"
+    "text-align:right;white-space:nowrap}th{white-space:normal;vertical-align:bottom}"
     "th{border-bottom:2px solid #444}tbody tr:nth-child(even){background:#f6f6f6}"
     "img{max-width:100%}.wide{overflow-x:auto}nav a{margin-right:1rem}"
 )

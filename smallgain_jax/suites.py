@@ -297,7 +297,7 @@ def true_minimum(problem: Scenario, *, bounds: tuple[float, float] = (0.0, 1.0))
         return problem.minimum
     if jnp.result_type(float) != np.float64:
         raise ValueError("jax_enable_x64 must be on: single precision cannot tell small gaps")
-    value_and_grad = jax.jit(lambda graph, x: jax.value_and_grad(graph.energy)(x))
+    value_and_grad = jax.jit(lambda graph, x: graph.value_and_gradient(x))
 
     def host(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_grad(problem.graph, x)

@@ -38,6 +38,7 @@ from smallgain_jax.transform import SmallGainInfo, SmallGainState
 
 SHOWN_ROWS = 20
 """A longer table is shown by its first and last rows."""
+_LEFT = ' style="text-align:left"'
 
 
 class WeightsRecord(NamedTuple):
@@ -191,12 +192,17 @@ class Table:
         '<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>1</td></tr></tbody></table>'
         """
 
-        def row(tag: str, cells: list[str]) -> str:
-            inner = "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-            return f"<tr>{inner}</tr>"
+        # Jupyter puts every cell at the right, where text is hard to read
+        sides = ["" if c.dtype.kind in "fiub" else _LEFT for c in self.columns.values()]
 
-        body = "".join(row("td", cells) for cells in self._shown(most))
-        head = row("th", list(self.columns))
+        def row(tag: str, cells: Iterable[str]) -> str:
+            pairs = zip(cells, sides, strict=True)
+            return f"<tr>{''.join(f'<{tag}{side}>{cell}</{tag}>' for cell, side in pairs)}</tr>"
+
+        body = "".join(row("td", map(html.escape, cells)) for cells in self._shown(most))
+        # long names may break where their parts meet
+        names = [html.escape(name).replace("_", "_<wbr>") for name in self.columns]
+        head = row("th", [name.replace(":", ":<wbr>") for name in names])
         return f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
 
     def markdown(self) -> str:
@@ -240,7 +246,7 @@ class Table:
 
 def _cell(value: Any) -> str:
     if isinstance(value, np.floating):
-        return "-" if np.isnan(value) else f"{value:.6g}"
+        return "-" if np.isnan(value) else f"{value:.4g}"
     return str(value)
 
 

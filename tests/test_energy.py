@@ -41,6 +41,15 @@ class TestFamily:
         total = local + graph.scatter(by_terms)
         np.testing.assert_allclose(total, graph.gradient(x, weights), atol=100 * eps)
 
+    def test_value_and_gradient_are_those_of_the_energy(self, family, d, eps):
+        graph, x = graph_of(family, d), self.state(d)
+        graph = sg.EnergyGraph(graph.local, [*graph.edges, sg.Quadratic(j, i, weight)])
+        for weights in (None, jnp.linspace(0.5, 2, 8)):
+            value, gradient = graph.value_and_gradient(x, weights)
+            expected = jax.value_and_grad(graph.energy)(x, weights)
+            np.testing.assert_allclose(value, expected[0], rtol=10 * eps)
+            np.testing.assert_allclose(gradient, expected[1], atol=100 * eps)
+
     def test_blocks_sum_to_the_hessian(self, family, d, eps):
         graph, x = graph_of(family, d), self.state(d)
         hessian = np.asarray(jax.hessian(lambda x: jnp.sum(graph.term_energies(x)))(x))

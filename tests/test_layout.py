@@ -44,6 +44,7 @@ ORDER = [
     "sweep",
     "report",
     "cli",
+    "__main__",
 ]
 PACKAGES = {
     "energy": ["local", "families", "graph", "build", "losses"],

@@ -15,7 +15,7 @@ class Method(NamedTuple):
     """How to make an optimizer, and how to run it.
 
     Without a rival, the optimizer weighs the terms itself: its update is given the sum of the
-    gradients, `term_grads` and `term_args`.
+    gradients, `term_grads`, `term_values` and `term_args`.
     """
 
     make: Callable[[Problem, Any], tuple[optax.GradientTransformation, Peer | None]]
@@ -28,6 +28,13 @@ def small_gain(problem: Problem, rate: Any, **settings: Any) -> tuple[Any, None]
     import smallgain_jax as sg
 
     return sg.small_gain(problem.optimizer(rate), terms=problem.losses, **settings), None
+
+
+def annealed(problem: Problem, rate: Any) -> tuple[Any, None]:
+    """The same, with weights that are back at the reference half way through."""
+    return small_gain(
+        problem, rate, anneal=optax.linear_schedule(1.0, 0.0, max(1, problem.steps // 2))
+    )
 
 
 def _against(peer: Peer) -> Method:
@@ -52,5 +59,8 @@ METHODS: dict[str, Method] = {
     "config": _against(peers.surgery(aggregate.config)),
     "mgda": _against(peers.surgery(aggregate.mgda)),
     "small_gain": Method(small_gain, traced_rate=False, lanes=False),
-    "small_gain_fair": Method(partial(small_gain, policy="fair"), traced_rate=False, lanes=False),
+    "small_gain_anneal": Method(annealed, traced_rate=False, lanes=False),
+    "small_gain_greedy": Method(
+        partial(small_gain, policy="greedy"), traced_rate=False, lanes=False
+    ),
 }

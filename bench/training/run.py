@@ -175,9 +175,8 @@ class Trainer:
             values, grads = value_and_term_grads(self.problem, params, *args)
             if peer is None:
                 total = jax.tree.map(lambda g: g.sum(axis=0), grads)
-                updates, state = optimizer.update(
-                    total, state, params, term_grads=grads, term_args=args
-                )
+                given = {"term_grads": grads, "term_values": values, "term_args": args}
+                updates, state = optimizer.update(total, state, params, **given)
                 weights = optax.tree.get(state, "weights", jnp.ones_like(values))
             else:
 

@@ -1,0 +1,8 @@
+"""`python -m smallgain_jax`, the same as `smallgain`."""
+
+import sys
+
+from smallgain_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
