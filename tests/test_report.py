@@ -61,15 +61,17 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.addresses += [v for name, v in attrs if name in ("src", "href")]
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "wbr"):
             self.open.append(tag)
+        if tag in ("td", "th", "h2"):
+            self.cells.append("")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
         if self.open and self.open[-1] in ("td", "th", "h2"):
-            self.cells.append(data)
+            self.cells[-1] += data
 
 
 def test_page_holds_everything_and_asks_no_network(written):
