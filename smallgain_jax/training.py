@@ -198,10 +198,15 @@ def trained(
             raise TypeError("term_args must be a tuple: what the losses take besides params")
         args = tuple(term_args)
         terms = _first_order(losses, params, args, term_grads, term_values, per_term, state.weights)
-        watch = _watch(settings, state, jnp.vdot(state.weights, terms.values))
         healthy = _finite(updates, terms.gradients)
+        total = jnp.vdot(state.weights, terms.values)
         if term_grads is None or term_values is not None:
             healthy = healthy & jnp.all(jnp.isfinite(terms.values))
+        elif extra_args.get("value") is not None:
+            # the plain sum, as optax's own line searches are given it: enough to watch
+            total = jnp.asarray(extra_args["value"], total.dtype)
+            healthy = healthy & jnp.isfinite(total)
+        watch = _watch(settings, state, total)
 
         due = (state.count % settings.every == 0) | watch.alarmed
         due = due & (state.count >= warmup)

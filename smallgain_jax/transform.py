@@ -197,8 +197,9 @@ def small_gain(
       one that differs from `terms` in numbers alone and takes its place: as data of the program,
       where `terms` are constants of it. `relax` passes both. On losses it is a `TrainingState`, and
       it reads `term_args` (what the losses take besides the parameters), `term_grads` (their
-      gradients, if the caller has them: a leading axis K on each leaf, with `term_values` [K]), and
-      `curvature_args` (another batch to measure curvature on).
+      gradients, if the caller has them: a leading axis K on each leaf, with `term_values` [K], or
+      the plain sum as `value`: without either the guard cannot watch the loss, and stays at c times
+      the limit), and `curvature_args` (another batch to measure curvature on).
 
     Raises:
       ValueError: an unknown name, or a concrete number outside its range.

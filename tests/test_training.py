@@ -314,6 +314,28 @@ def test_given_term_gradients_change_nothing():
 
 
 @pytest.mark.once
+def test_the_guard_watches_whatever_loss_it_is_given():
+    losses = sg.terms(quadratics)
+    top = np.linalg.eigvalsh(A + B)[-1]
+    # beyond the limit, but below twice: only a guard that cannot watch the loss engages
+    optimizer = sg.small_gain(optax.sgd(3 / top), losses, every=1, floor=1, ceiling=1)
+    x = jnp.array([2.0, 1.0])
+
+    @jax.jit
+    def guards(state):
+        values, grads = losses.value_and_term_grads(x)
+        given = {"term_grads": grads}
+        told = ({}, {"value": values.sum()}, {"term_values": values})
+        states = [optimizer.update(grads.sum(0), state, x, **given, **more)[1] for more in told]
+        poisoned = optimizer.update(grads.sum(0), state, x, **given, value=jnp.nan)[1]
+        return jnp.stack([s.info.guard for s in states]), poisoned.info.accepted
+
+    found, accepted = guards(optimizer.init(x))
+    np.testing.assert_allclose(found, [0.9 * 2 / 3, 1, 1], rtol=0.02)
+    assert not accepted
+
+
+@pytest.mark.once
 def test_anneal_returns_to_the_reference():
     # optax's linear schedule may end a rounding away from 0
     optimizer = sg.small_gain(
