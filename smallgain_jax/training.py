@@ -72,7 +72,7 @@ class TrainingState(NamedTuple):
     log_weights: jax.Array  # [K] as allocated, before any return to the reference
     scores: jax.Array  # [K] moving averages of value over cost
     level: jax.Array  # [] moving average of the total loss
-    peak: jax.Array  # [] total loss at the last alarm, on its way back to the level
+    peak: jax.Array  # [] total loss at the last alarm, fading
     recovering: jax.Array  # [] bool, from a loss that left its level until it is back
     headroom: jax.Array  # [] multiple of the limit at which the guard engages
     vectors: tuple[Any, ...]  # of power iteration: one per loss, one for the sum, one by block
@@ -449,7 +449,7 @@ def _second_order(
 
     turns = [partial(one_loss, k) for k in range(num_terms)] + [the_sum]
     turn = (state.count // settings.every) % len(turns)
-    turn = jnp.where(alarmed | state.recovering, num_terms, turn)
+    turn = jnp.where(alarmed, num_terms, turn)
     prices = _known_prices(state)._replace(limit=_limit(settings, probe, state))
     return jax.lax.fori_loop(
         jnp.where(everything, 0, turn),
