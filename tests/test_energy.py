@@ -158,6 +158,11 @@ BAD = [
         ValueError,
         "weights has shape",
     ),
+    (
+        lambda: sg.EnergyGraph(sg.Landau([1.0]), []).gradient(jnp.zeros(1), jnp.ones(3)),
+        ValueError,
+        "weights has shape",
+    ),
     (lambda: random_graph("rung", 4), ValueError, "kind"),
 ]
 
