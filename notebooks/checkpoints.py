@@ -170,14 +170,12 @@ for axis in axes:
 # `MultiSteps(small_gain(...), k)` weighs by the last of its k batches: what moves is
 # $\frac1k \sum_j g_j + \sum_l (w_l - 1)\, g_l$ with $g_l$ from that batch alone. With k batches of
 # one kind this has the right mean and more noise. `small_gain(MultiSteps(...))` weighs every batch.
-# The limit of what is inside cannot be found by experiment, so it is given; around Adam so is
-# `metric`, a function of `(base_state, params)` that makes P of the second moments
-# `optax.tree.get(base_state, "nu")`. Counts are of batches there, so `every` is k times as large.
+# The limit is that of the update it makes after k of them. Counts are of batches there, so `every`
+# is k times as large.
 
 # %%
 K = 4
-inside = optax.MultiSteps(optax.sgd(RATE), K).gradient_transformation()
-patient = sg.small_gain(inside, losses, limit=2 / RATE, every=10 * K)
+patient = sg.small_gain(optax.MultiSteps(optax.sgd(RATE), K), losses, every=10 * K)
 (_, state), record = make_training(patient)((start, patient.init(start)), chunks[5])
 print(
     f"after {CHUNK} batches: {int(state.base_state.gradient_step)} updates, weights "

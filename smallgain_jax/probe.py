@@ -9,9 +9,12 @@ $\lambda_{\max}(P^{-1/2} \nabla^2 F P^{-1/2}) = 2/(H P)$, which is $38/\alpha$ a
 (Cohen et al., *Adaptive Gradient Methods at the Edge of Stability*, 2022, section 3).
 
 The scalar copy takes counters and hyperparameters from the real state, so that schedules and
-`optax.inject_hyperparams` count as what they are at this very step.
+`optax.inject_hyperparams` count as what they are at this very step. What accumulates gradients
+(`optax.MultiSteps`) is given each one until it moves.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +24,7 @@ import optax
 
 _SCALES = (1e-2, 2e-2, 1e-12)
 _COUNTS = (1, 10, 100, 1000, 10_000)
+_MOST_CALLS = 10_000
 
 
 class Metric(NamedTuple):
@@ -87,22 +91,72 @@ def probe_optimizer(optimizer: optax.GradientTransformation, steps: int = 2000) 
     >>> round(float(probe.limit(state)), -2)
     38000.0
     """
-    optimizer = optax.with_extra_args_support(optimizer)
-    if not _is_concrete(optimizer):
+    concrete = _is_concrete(optimizer)
+    optimizer = _accumulated(optax.with_extra_args_support(optimizer))
+    if not concrete:
         return _traced_probe(optimizer)
     try:
         # concrete even while the caller is being traced: the answer is about `optimizer` alone
         with jax.ensure_compile_time_eval():
             settled, first = _settle(optimizer, steps)
-            linear, scale_free = _classify(optimizer, settled)
+            # one program for a dozen answers
+            answer = jax.jit(partial(_answer, optimizer))
+            linear, scale_free = _classify(optimizer, answer, settled)
             one = _member(settled, 0)
-            if linear and float(_answer(optimizer, one)) > 0:
+            if linear and float(answer(one)) > 0:
                 return Probe(optimizer, one, None)
-            # accumulated gradients that alternate cancel, and tell nothing
-            metric = _read_metric(optimizer, settled, first) if scale_free else None
+            metric = _read_metric(optimizer, answer, settled, first) if scale_free else None
             return None if metric is None else Probe(optimizer, one, metric)
     except (TypeError, ValueError):
         return None
+
+
+def _accumulated(
+    optimizer: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer whose update is a whole accumulation of the same gradient."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        def give(carry: tuple[Any, Any, jax.Array]) -> tuple[Any, Any, jax.Array]:
+            total, state, calls = carry
+            move, state = optimizer.update(updates, state, params, **extra_args)
+            return jax.tree.map(jnp.add, total, move), state, calls + 1
+
+        def waits(carry: tuple[Any, Any, jax.Array]) -> jax.Array:
+            _, state, calls = carry
+            # an update that is skipped is never made
+            return (_waiting(state) != 0) & (calls < _MOST_CALLS)
+
+        nothing = jax.tree.map(jnp.zeros_like, updates)
+        once = give((nothing, _set_waiting(state, 0), jnp.zeros((), jnp.int32)))
+        if not _accumulators(state):
+            return once[:2]
+        return jax.lax.while_loop(waits, give, once)[:2]
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _accumulators(state: Any) -> list[Any]:
+    leaves = jax.tree.leaves(state, is_leaf=_accumulates)
+    return [leaf for leaf in leaves if _accumulates(leaf)]
+
+
+def _accumulates(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)
+
+
+def _waiting(state: Any) -> jax.Array:
+    """Gradients taken since the last move."""
+    return _accumulators(state)[0].mini_step
+
+
+def _set_waiting(state: Any, count: int) -> Any:
+    def rewound(node: Any) -> Any:
+        if not _accumulates(node):
+            return node
+        return node._replace(mini_step=jnp.full_like(node.mini_step, count))
+
+    return jax.tree.map(rewound, state, is_leaf=_accumulates)
 
 
 def _is_concrete(optimizer: optax.GradientTransformation) -> bool:
@@ -149,10 +203,13 @@ def _member(state: Any, k: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[k], state)
 
 
-def _answer(optimizer: optax.GradientTransformation, state: Any, scale: float = _SCALES[0]) -> Any:
+def _answer(
+    optimizer: optax.GradientTransformation, state: Any, scale: jax.typing.ArrayLike = _SCALES[0]
+) -> jax.Array:
     """H: minus the update over the gradient, at the next gradient +scale."""
     gradient = jnp.asarray(scale, float)
-    return -optimizer.update(gradient, state, jnp.zeros_like(gradient))[0] / gradient
+    move, _ = optimizer.update(gradient, state, jnp.zeros_like(gradient))
+    return -move / gradient
 
 
 def _at_count(optimizer: Any, state: Any, count: int) -> Any:
@@ -163,11 +220,11 @@ def _at_count(optimizer: Any, state: Any, count: int) -> Any:
     return optax.tree.map_params(optimizer, _same, state, transform_non_params=counted)
 
 
-def _classify(optimizer: Any, settled: Any) -> tuple[bool, bool]:
+def _classify(optimizer: Any, answer: Callable[..., jax.Array], settled: Any) -> tuple[bool, bool]:
     """Whether the answer is proportional to the gradient, and whether it ignores its scale."""
     answers = [
         [
-            float(_answer(optimizer, _at_count(optimizer, _member(settled, k), count), scale))
+            float(answer(_at_count(optimizer, _member(settled, k), count), scale))
             for k, scale in enumerate(_SCALES[:2])
         ]
         for count in _COUNTS
@@ -179,7 +236,9 @@ def _classify(optimizer: Any, settled: Any) -> tuple[bool, bool]:
     return abs(two / one - 1) < 1e-3, abs(2 * two / one - 1) < 1e-3
 
 
-def _read_metric(optimizer: Any, settled: Any, first: Any) -> Metric | None:
+def _read_metric(
+    optimizer: Any, answer: Callable[..., jax.Array], settled: Any, first: Any
+) -> Metric | None:
     base = _member(settled, 0)
     for field in ("nu_max", "nu"):
         found = optax.tree.get_all_with_path(base, field)
@@ -194,7 +253,7 @@ def _read_metric(optimizer: Any, settled: Any, first: Any) -> Metric | None:
         corrected = count is not None and field == "nu"
         late = [_at_count(optimizer, _member(settled, k), _COUNTS[-1]) for k in (0, 2)]
         large, tiny = (
-            float(_answer(optimizer, state, scale))
+            float(answer(state, scale))
             for state, scale in zip(late, (_SCALES[0], _SCALES[2]), strict=True)
         )
         epsilon = _SCALES[0] * large / tiny if tiny > 0 else 1e-8

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import smallgain_jax as sg
+from smallgain_jax.probe import probe_optimizer
 from smallgain_jax.transform import STATIC
 
 pytestmark = pytest.mark.once
@@ -159,9 +160,7 @@ def test_accumulation_around_weighs_by_the_last_batch():
 
 
 def test_accumulation_inside_weighs_every_batch():
-    """`small_gain(MultiSteps(...))`, with the limit given: no experiment can read it."""
-    inner = optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation()
-    optimizer = sg.small_gain(inner, LOSSES, limit=20.0, warmup=10)
+    optimizer = sg.small_gain(optax.MultiSteps(optax.sgd(0.1), 2), LOSSES, warmup=10)
     step = make_step(optimizer)
     params, state = begin(optimizer)
     w = np.array([3.0, 0.5], np.float32)
@@ -172,6 +171,31 @@ def test_accumulation_inside_weighs_every_batch():
         lambda g: np.tensordot(w, g.mean(axis=0), 1), two_batches_of_gradients()
     )
     assert_stepped(carry[0], 0.1, expected)
+
+
+@pytest.mark.parametrize("k", [1, 3, lambda update: jnp.where(update < 5, 2, 4)])
+@pytest.mark.parametrize(
+    "base",
+    [
+        optax.sgd(optax.linear_schedule(0.0, 0.1, 30), momentum=0.9),
+        optax.adam(1e-2),
+        optax.amsgrad(1e-2),
+    ],
+    ids=["sgd", "adam", "amsgrad"],
+)
+def test_the_limit_under_accumulation_is_that_of_the_updates_made(base, k):
+    """In the middle of an accumulation too, by the number of updates and not of gradients."""
+    gradient = jnp.array([1.0, 2.0])
+    direct, inside = base, optax.MultiSteps(base, k)
+    plain, patient = probe_optimizer(direct), probe_optimizer(inside)
+    state, waiting = direct.init(gradient), inside.init(gradient)
+    step, wait = jax.jit(direct.update), jax.jit(inside.update)
+    for _ in range(20):
+        _, state = step(gradient, state, gradient)
+    while waiting.gradient_step < 20 or (k != 1 and waiting.mini_step == 0):
+        _, waiting = wait(gradient, waiting, gradient)
+    expected = jax.jit(plain.limit)(state)
+    np.testing.assert_allclose(jax.jit(patient.limit)(waiting), expected, rtol=1e-4)
 
 
 def test_an_injected_rate_moves_the_limit():

@@ -120,7 +120,7 @@ def test_limits_of_base_optimizers(name):
         optax.lion(0.1),
         optax.adagrad(0.1),
         optax.lbfgs(),
-        optax.MultiSteps(optax.sgd(0.1), 2).gradient_transformation(),
+        optax.MultiSteps(optax.lion(0.1), 2).gradient_transformation(),
     ],
 )
 def test_optimizers_without_a_limit(optimizer):
