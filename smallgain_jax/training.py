@@ -112,7 +112,7 @@ class _Terms(NamedTuple):
 
     values: jax.Array  # [K]; NaN where nothing evaluated them
     gradients: Any | None  # leading axis K; None unless needed
-    mixed: Callable[[jax.Array], Any]  # weights -> sum_k w_k grad e_k
+    reweighted: Callable[[Any, jax.Array], Any]  # updates, weights -> sum_k w_k grad e_k
 
 
 class _Watch(NamedTuple):
@@ -190,20 +190,27 @@ def trained(
         term_values: jax.Array | None = None,
         term_args: tuple[Any, ...] = (),
         curvature_args: tuple[Any, ...] | None = None,
+        weighted: bool = False,
         **extra_args: Any,
     ) -> tuple[Any, TrainingState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
+        if weighted and (per_term or term_grads is not None):
+            raise ValueError(
+                "weighted: aggregators and policy 'greedy' look at the gradient of each loss, so "
+                "give the gradient of the plain sum; and never weighted together with term_grads"
+            )
         if not isinstance(term_args, tuple | list):
             raise TypeError("term_args must be a tuple: what the losses take besides params")
         args = tuple(term_args)
-        terms = _first_order(losses, params, args, term_grads, term_values, per_term, state.weights)
+        given = _Given(term_grads, term_values, weighted)
+        terms = _first_order(losses, params, args, given, per_term, state.weights)
         healthy = _finite(updates, terms.gradients)
         total = jnp.vdot(state.weights, terms.values)
-        if term_grads is None or term_values is not None:
+        if term_values is not None or (term_grads is None and not weighted):
             healthy = healthy & jnp.all(jnp.isfinite(terms.values))
         elif extra_args.get("value") is not None:
-            # the plain sum, as optax's own line searches are given it: enough to watch
+            # the sum, as optax's own line searches are given it: enough to watch
             total = jnp.asarray(extra_args["value"], total.dtype)
             healthy = healthy & jnp.isfinite(total)
         watch = _watch(settings, state, total)
@@ -248,9 +255,7 @@ def trained(
         if aggregates:
             gradient = jax.tree.map(partial(_times, weights), terms.gradients)
         else:
-            gradient = jax.tree.map(
-                lambda g, extra: (g + extra).astype(g.dtype), updates, terms.mixed(weights - 1)
-            )
+            gradient = terms.reweighted(updates, weights)
         gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
         move, base_state = base.update(gradient, state.base_state, params, **extra_args)
         base_state = _select(healthy, base_state, state.base_state)
@@ -368,12 +373,19 @@ def _initial_state(
     )
 
 
+class _Given(NamedTuple):
+    """What the caller knows of the losses."""
+
+    term_grads: Any | None
+    term_values: jax.Array | None
+    weighted: bool
+
+
 def _first_order(
     losses: Losses,
     params: Any,
     args: tuple[Any, ...],
-    term_grads: Any,
-    term_values: jax.Array | None,
+    given: _Given,
     per_term: bool,
     weights: jax.Array,
 ) -> _Terms:
@@ -381,23 +393,31 @@ def _first_order(
     names = losses.names_at(params, *args)
     if len(names) != num_terms:
         raise ValueError(f"terms: {len(names)} losses now, {num_terms} at init")
+    term_grads = given.term_grads
+    if given.weighted or term_grads is not None:
+        known = jnp.nan if given.term_values is None else given.term_values
+        values = jnp.broadcast_to(jnp.asarray(known, weights.dtype), num_terms)
+    if given.weighted:
+        # by the weights it was handed, which move too slowly for one update to matter
+        return _Terms(values, None, lambda updates, _: updates)
     if term_grads is not None:
         _check_term_grads(term_grads, params, num_terms)
-        given = jnp.nan if term_values is None else jnp.asarray(term_values, weights.dtype)
-        return _Terms(
-            jnp.broadcast_to(given, num_terms),
-            term_grads,
-            lambda mix: jax.tree.map(partial(_mixed, mix), term_grads),
-        )
+        mixed = lambda mix: jax.tree.map(partial(_mixed, mix), term_grads)  # noqa: E731
+        return _Terms(values, term_grads, partial(_reweighted, mixed))
     check_params(params)
     if per_term:
         values, grads = losses.value_and_term_grads(params, *args)
         mixed = lambda mix: jax.tree.map(partial(_mixed, mix), grads)  # noqa: E731
-        return _Terms(values.astype(weights.dtype), grads, mixed)
+        return _Terms(values.astype(weights.dtype), grads, partial(_reweighted, mixed))
     # one backward pass for the mixture, however many losses there are
     values, pull = jax.vjp(lambda p: losses.values(p, *args), params)
     mixed = lambda mix: pull(mix.astype(values.dtype))[0]  # noqa: E731
-    return _Terms(values.astype(weights.dtype), None, mixed)
+    return _Terms(values.astype(weights.dtype), None, partial(_reweighted, mixed))
+
+
+def _reweighted(mixed: Callable[[jax.Array], Any], updates: Any, weights: jax.Array) -> Any:
+    """The gradient of the weighted sum, from that of the plain one."""
+    return jax.tree.map(lambda g, more: (g + more).astype(g.dtype), updates, mixed(weights - 1))
 
 
 def _second_order(

@@ -115,7 +115,8 @@ def small_gain(
     3.2). In the mode "adapted" they are hyperparameters, and $F(x; w)$ is what decreases.
 
     **Losses of a model** (`sg.terms(fn)`, or the function itself). Weights are hyperparameters
-    there, and the updates handed in must be the gradient of the plain sum. Every so many updates:
+    there. The updates handed in are the gradient of the plain sum, or, told by `weighted=True`, of
+    the sum by `state.weights`, which saves a backward pass. Every so many updates:
 
     1. prices: the curvature $\lambda_k$ of each loss, and of the weighted sum, by power iteration
        on $P^{-1/2} H_k P^{-1/2}$ in the metric P of the base optimizer, from where it stopped last;
@@ -199,7 +200,10 @@ def small_gain(
       it reads `term_args` (what the losses take besides the parameters), `term_grads` (their
       gradients, if the caller has them: a leading axis K on each leaf, with `term_values` [K], or
       the plain sum as `value`: without either the guard cannot watch the loss, and stays at c times
-      the limit), and `curvature_args` (another batch to measure curvature on).
+      the limit), `weighted` (whether the updates are the gradient of the sum by `state.weights`, as
+      `Losses.value_and_weighted_grad` gives it with the `term_values`; else the losses are
+      evaluated and differentiated here once more), and `curvature_args` (another batch to measure
+      curvature on).
 
     Raises:
       ValueError: an unknown name, or a concrete number outside its range.

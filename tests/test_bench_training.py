@@ -10,11 +10,13 @@ import optax
 import pytest
 import scipy.optimize
 
+import smallgain_jax as sg
 from bench.training import (
     aggregate,
     burgers,
     digits,
     helmholtz,
+    large,
     overhead,
     peers,
     problems,
@@ -22,6 +24,7 @@ from bench.training import (
 )
 from bench.training import report as reporting
 from bench.training import run as running
+from bench.training.language import Shape
 from bench.training.methods import METHODS
 from bench.training.network import derivatives, glorot, tanh_network
 
@@ -438,6 +441,20 @@ def test_report_marks_the_best():
 def test_overhead_is_measured(monkeypatch):
     monkeypatch.setattr(overhead, "CHUNKS", {"quadratics": 5})
     monkeypatch.setattr(overhead, "VARIANTS", [(2, "difference")])
-    fixed, ours = overhead.measure("quadratics", 2)
-    assert fixed["over_fixed"] == 1
-    assert ours["ms"] >= ours["least_ms"] > 0
+    plain, fixed, *ours = overhead.measure("quadratics", 2)
+    assert plain["over_plain"] == fixed["over_fixed"] == 1
+    assert [row["method"].split(", ")[2:] for row in ours] == [[], ["of the sum"], ["weighted"]]
+    assert all(row["ms"] >= row["least_ms"] > 0 for row in ours)
+
+
+@pytest.mark.once
+def test_the_large_network_has_ten_million_parameters_and_learns():
+    whole = jax.eval_shape(large.problem().init, jnp.int32(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(whole)) >= 10_000_000
+    problem = large.problem(Shape(width=32, heads=2, layers=2, context=16), batch_size=4)
+    run, start = overhead.loop(
+        problem, sg.small_gain(optax.adam(3e-3), problem.losses), 5, given="weighted"
+    )
+    losses = [problem.metrics(params)["loss"] for params in (problem.init(0), start[0])]
+    assert losses[1] < losses[0] - 1
+    assert run(start, jnp.int32(0))[1].info.accepted

@@ -416,6 +416,41 @@ def test_what_is_not_finite_is_skipped(poison):
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
+@pytest.mark.parametrize("base", [optax.sgd(1e-3, momentum=0.9), optax.adam(1e-2)])
+def test_weighted_gradients_give_the_run_that_plain_ones_give_one_update_late(base, eps):
+    losses = sg.terms(quadratics)
+    optimizer = sg.small_gain(base, losses, every=1, warmup=3)
+    direct = optax.with_extra_args_support(base)
+
+    def step(carry, _):
+        x, state = carry
+        values, gradient = losses.value_and_weighted_grad(state.weights, x)
+        expected, _ = direct.update(gradient, state.base_state, x)
+        updates, after = optimizer.update(gradient, state, x, term_values=values, weighted=True)
+        seen = (jnp.max(jnp.abs(updates - after.info.guard * expected)), after.weights)
+        return (optax.apply_updates(x, updates), after), seen
+
+    start = (jnp.ones(2), optimizer.init(jnp.ones(2)))
+    (x, state), (apart, weights) = jax.jit(lambda c: jax.lax.scan(step, c, length=60))(start)
+    np.testing.assert_allclose(apart, 0, atol=eps)
+    there, plain, history = train(optimizer, quadratics, jnp.ones(2), 60, ("guard", "losses"))
+    assert state.info.accepted
+    assert np.ptp(weights[:, 0]) > 1
+    # another path through Adam's metric prices the losses a little differently
+    np.testing.assert_allclose(state.weights, plain.weights, rtol=0.02)
+    np.testing.assert_allclose(x, there, rtol=0.05, atol=0.02)
+    np.testing.assert_allclose(state.info.losses, history["losses"][-1], rtol=0.2)
+
+
+def test_a_weighted_loss_that_is_not_finite_is_skipped():
+    optimizer = sg.small_gain(optax.sgd(0.01), quadratics)
+    x = jnp.ones(2)
+    for values in ({"term_values": jnp.array([1.0, jnp.nan])}, {"value": jnp.asarray(jnp.inf)}):
+        updates, state = optimizer.update(x, optimizer.init(x), x, weighted=True, **values)
+        np.testing.assert_array_equal(updates, 0)
+        assert state.info.skipped == 1
+
+
 def test_a_term_without_gradient_keeps_its_weight():
     def fn(x):
         return {"a": jnp.sum(x**2), "constant": jnp.ones((), x.dtype)}
@@ -474,6 +509,13 @@ def test_bad_calls_are_named():
         optimizer.update(x, state, x, term_args=x)
     with pytest.raises(ValueError, match="term_grads"):
         optimizer.update(x, state, x, term_grads=jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match="weighted"):
+        optimizer.update(x, state, x, term_grads=jnp.ones((2, 2)), weighted=True)
+    greedy = sg.small_gain(optax.sgd(0.1), quadratics, policy="greedy")
+    with pytest.raises(ValueError, match=r"weighted.*'greedy'"):
+        greedy.update(x, greedy.init(x), x, weighted=True)
+    with pytest.raises(ValueError, match=r"weights has shape \(3,\)"):
+        sg.terms(quadratics).value_and_weighted_grad(jnp.ones(3), x)
     with pytest.raises(TypeError, match="params is complex"):
         optimizer.init(jnp.ones(2, jnp.complex64))
     coarse = sg.small_gain(optax.sgd(0.1), quadratics, curvature="difference")

@@ -1,7 +1,9 @@
 """Time of a step of small_gain over fixed weights: `python -m bench.training.overhead`.
 
-Both loops are compiled, evaluate the gradient of each term, and run in turns; `small_gain` is given
-the gradients. The learning rate, the sequence of batches and the start are the same.
+All loops are compiled and run in turns, with the same rate, start and sequence of batches. "fixed
+weights" evaluates the gradient of each term, and `small_gain` is given these. "plain" evaluates
+that of the sum; `small_gain` "of the sum" is given it and evaluates the losses itself; "weighted"
+is given that of the sum by its own weights. `--cases large` is for a GPU.
 """
 
 import argparse
@@ -10,7 +12,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from bench.run import about
 from bench.training import problems
 from bench.training.problems import Problem, value_and_term_grads
 
-CHUNKS = {"quadratics": 1000, "digits": 100, "helmholtz": 120, "burgers": 30}
+CHUNKS = {"quadratics": 1000, "digits": 100, "helmholtz": 120, "burgers": 30, "large": 20}
 VARIANTS = [(10, "hessian"), (10, "difference"), (20, "hessian")]
 
 
@@ -38,42 +40,67 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     """Median and least time of a step, in ms and over fixed weights'."""
-    problem = problems.make(name)
+    return compare(problems.make(name), CHUNKS[name], rounds)
+
+
+def compare(problem: Problem, chunk: int, rounds: int) -> list[dict[str, Any]]:
     rate = problem.rates[min(1, len(problem.rates) - 1)]
     bare = optax.with_extra_args_support(problem.optimizer(rate))
-    runs = {"fixed weights": loop(problem, bare, CHUNKS[name])}
+    runs = {
+        "plain": loop(problem, bare, chunk, given="sum"),
+        "fixed weights": loop(problem, bare, chunk, given="terms"),
+    }
     for every, curvature in VARIANTS:
         optimizer = sg.small_gain(
             problem.optimizer(rate), problem.losses, every=every, curvature=curvature
         )
-        runs[f"every={every}, {curvature}"] = loop(problem, optimizer, CHUNKS[name])
+        label = f"every={every}, {curvature}"
+        runs[label] = loop(problem, optimizer, chunk, given="terms")
+        runs[f"{label}, of the sum"] = loop(problem, optimizer, chunk, given="sum")
+        runs[f"{label}, weighted"] = loop(problem, optimizer, chunk, given="weighted")
     times: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(rounds):
         for label, (run, carry) in runs.items():
             before = time.perf_counter()
             jax.block_until_ready(run(carry, jnp.int32(1000)))
-            times[label].append(1e3 * (time.perf_counter() - before) / CHUNKS[name])
+            times[label].append(1e3 * (time.perf_counter() - before) / chunk)
     rows = []
     for label, found in times.items():
         median, least = statistics.median(found), min(found)
-        row = {"case": name, "method": label, "ms": median, "least_ms": least}
+        row = {"case": problem.name, "method": label, "ms": median, "least_ms": least}
         row["over_fixed"] = median / statistics.median(times["fixed weights"])
         row["least_over_fixed"] = least / min(times["fixed weights"])
+        row["over_plain"] = median / statistics.median(times["plain"])
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
     return rows
 
 
-def loop(problem: Problem, optimizer: optax.GradientTransformationExtraArgs, chunk: int) -> Any:
+def loop(
+    problem: Problem,
+    optimizer: optax.GradientTransformationExtraArgs,
+    chunk: int,
+    *,
+    given: Literal["terms", "sum", "weighted"],
+) -> Any:
     """A compiled loop of `chunk` steps, and a state past every warm-up."""
+    losses = problem.losses
+
+    def gradient(params: Any, state: Any, args: Any) -> tuple[Any, dict[str, Any]]:
+        if given == "sum":
+            return jax.grad(lambda p: losses.values(p, *args).sum())(params), {}
+        if given == "weighted":
+            values, total = losses.value_and_weighted_grad(state.weights, params, *args)
+            return total, {"term_values": values, "weighted": True}
+        values, grads = value_and_term_grads(problem, params, *args)
+        total = jax.tree.map(lambda g: g.sum(axis=0), grads)
+        return total, {"term_values": values, "term_grads": grads}
 
     def step(carry: Any, index: jax.Array) -> tuple[Any, None]:
         params, state = carry
         args = problem.batch(jax.random.fold_in(jax.random.key(0), index))
-        values, grads = value_and_term_grads(problem, params, *args)
-        total = jax.tree.map(lambda g: g.sum(axis=0), grads)
-        given = {"term_grads": grads, "term_values": values, "term_args": args}
-        updates, state = optimizer.update(total, state, params, **given)
+        total, extra = gradient(params, state, args)
+        updates, state = optimizer.update(total, state, params, term_args=args, **extra)
         return (optax.apply_updates(params, updates), state), None
 
     @jax.jit

@@ -19,7 +19,7 @@ class Problem(NamedTuple):
     batch: Callable[[jax.Array], tuple[Any, ...]]  # args of the losses from a key
     metrics: Callable[[Any], dict[str, jax.Array]]  # of params
     ranked: str  # the metric that ranks methods, low is good
-    traces: Callable[..., jax.Array]  # (params, *args) -> [K], see `kernel_trace`
+    traces: Callable[..., jax.Array] | None  # (params, *args) -> [K], see `kernel_trace`
     optimizer: Callable[[Any], optax.GradientTransformation]  # the base optimizer at a rate
     steps: int
     rates: tuple[float, ...]
@@ -56,15 +56,17 @@ def value_and_term_grads(problem: Problem, params: Any, *args: Any) -> tuple[jax
 
 def make(name: str) -> Problem:
     """The problem of that name."""
-    from bench.training import burgers, digits, helmholtz, quadratics
+    from bench.training import burgers, digits, helmholtz, large, quadratics
 
     makers = {
         "helmholtz": helmholtz.problem,
         "burgers": burgers.problem,
         "quadratics": quadratics.problem,
         "digits": digits.problem,
+        "large": large.problem,
     }
     return makers[name]()
 
 
 NAMES = ("helmholtz", "burgers", "quadratics", "digits")
+"""Those on which methods are compared; the large one is there for times."""

@@ -181,6 +181,7 @@ class Trainer:
             else:
 
                 def traces() -> jax.Array:
+                    assert self.problem.traces is not None
                     return self.problem.traces(params, *args)
 
                 sight = Sight(values, grads, index, for_peer, traces)
