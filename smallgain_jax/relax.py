@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -112,7 +113,6 @@ class _Carry(NamedTuple):
     done: jax.Array
 
 
-@eqx.filter_jit
 def _relax(
     graph: EnergyGraph,
     x0: jax.Array,
@@ -123,6 +123,19 @@ def _relax(
     record: Any,
     state: Any,
 ) -> RelaxResult:
+    given = (graph, x0, optimizer, box, record, state)
+    data, rest = eqx.partition(given, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
+    leaves, structure = jax.tree.flatten(rest)
+    # not `filter_jit`, which waits for the device: the host has telemetry to write meanwhile
+    return _compiled(data, tol, tuple(leaves), structure, steps)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4))
+def _compiled(
+    data: Any, tol: float | jax.Array, leaves: tuple[Any, ...], structure: Any, steps: int
+) -> RelaxResult:
+    rest = jax.tree.unflatten(structure, leaves)
+    graph, x0, optimizer, box, record, state = eqx.combine(data, rest)
     # in here: tracing the energy at every call would cost more than many a relaxation
     x0 = x0.astype(jax.eval_shape(graph.energy, x0).dtype)
     box = None if box is None else Box(*(end.astype(x0.dtype) for end in box))
