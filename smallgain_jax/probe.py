@@ -125,36 +125,31 @@ def _accumulated(
         def waits(carry: tuple[Any, Any, jax.Array]) -> jax.Array:
             _, state, calls = carry
             # an update that is skipped is never made
-            return (_waiting(state) != 0) & (calls < _MOST_CALLS)
+            return (_accumulators(state)[0].mini_step != 0) & (calls < _MOST_CALLS)
 
         nothing = jax.tree.map(jnp.zeros_like, updates)
-        once = give((nothing, _set_waiting(state, 0), jnp.zeros((), jnp.int32)))
-        if not _accumulators(state):
-            return once[:2]
-        return jax.lax.while_loop(waits, give, once)[:2]
+        once = give((nothing, _rewound(state), jnp.zeros((), jnp.int32)))
+        return (jax.lax.while_loop(waits, give, once) if _accumulators(state) else once)[:2]
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
-
-
-def _accumulators(state: Any) -> list[Any]:
-    leaves = jax.tree.leaves(state, is_leaf=_accumulates)
-    return [leaf for leaf in leaves if _accumulates(leaf)]
 
 
 def _accumulates(node: Any) -> bool:
     return isinstance(node, optax.MultiStepsState)
 
 
-def _waiting(state: Any) -> jax.Array:
-    """Gradients taken since the last move."""
-    return _accumulators(state)[0].mini_step
+def _accumulators(state: Any) -> list[Any]:
+    nodes = jax.tree.leaves(state, is_leaf=_accumulates)
+    return [node for node in nodes if _accumulates(node)]
 
 
-def _set_waiting(state: Any, count: int) -> Any:
+def _rewound(state: Any) -> Any:
+    """The state with no gradient waiting: counters may come from the middle of an accumulation."""
+
     def rewound(node: Any) -> Any:
         if not _accumulates(node):
             return node
-        return node._replace(mini_step=jnp.full_like(node.mini_step, count))
+        return node._replace(mini_step=jnp.zeros_like(node.mini_step))
 
     return jax.tree.map(rewound, state, is_leaf=_accumulates)
 

@@ -393,17 +393,19 @@ def _first_order(
     names = losses.names_at(params, *args)
     if len(names) != num_terms:
         raise ValueError(f"terms: {len(names)} losses now, {num_terms} at init")
-    term_grads = given.term_grads
-    if given.weighted or term_grads is not None:
-        known = jnp.nan if given.term_values is None else given.term_values
-        values = jnp.broadcast_to(jnp.asarray(known, weights.dtype), num_terms)
+    known = jnp.full(num_terms, jnp.nan, weights.dtype)
+    if given.term_values is not None:
+        known = jnp.asarray(given.term_values, weights.dtype)
+        if known.shape != (num_terms,):
+            raise ValueError(f"term_values has shape {known.shape}, expected ({num_terms},)")
     if given.weighted:
         # by the weights it was handed, which move too slowly for one update to matter
-        return _Terms(values, None, lambda updates, _: updates)
-    if term_grads is not None:
-        _check_term_grads(term_grads, params, num_terms)
-        mixed = lambda mix: jax.tree.map(partial(_mixed, mix), term_grads)  # noqa: E731
-        return _Terms(values, term_grads, partial(_reweighted, mixed))
+        return _Terms(known, None, lambda updates, _: updates)
+    if given.term_grads is not None:
+        grads = given.term_grads
+        _check_term_grads(grads, params, num_terms)
+        mixed = lambda mix: jax.tree.map(partial(_mixed, mix), grads)  # noqa: E731
+        return _Terms(known, grads, partial(_reweighted, mixed))
     check_params(params)
     if per_term:
         values, grads = losses.value_and_term_grads(params, *args)

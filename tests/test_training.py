@@ -509,6 +509,8 @@ def test_bad_calls_are_named():
         optimizer.update(x, state, x, term_args=x)
     with pytest.raises(ValueError, match="term_grads"):
         optimizer.update(x, state, x, term_grads=jnp.ones((3, 2)))
+    with pytest.raises(ValueError, match=r"term_values has shape \(3,\), expected \(2,\)"):
+        optimizer.update(x, state, x, term_values=jnp.ones(3), weighted=True)
     with pytest.raises(ValueError, match="weighted"):
         optimizer.update(x, state, x, term_grads=jnp.ones((2, 2)), weighted=True)
     greedy = sg.small_gain(optax.sgd(0.1), quadratics, policy="greedy")

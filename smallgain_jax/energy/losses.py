@@ -91,12 +91,13 @@ class Losses(eqx.Module):
         ([4.0, 6.0], 10.0)
         """
         check_params(params)
+        weights = jnp.asarray(weights)
 
         def total(p: Any) -> tuple[jax.Array, jax.Array]:
             values = self.values(p, *args)
-            if jnp.shape(weights) != values.shape:
+            if weights.shape != values.shape:
                 raise ValueError(
-                    f"weights has shape {jnp.shape(weights)}, expected {values.shape}: one per loss"
+                    f"weights has shape {weights.shape}, expected {values.shape}: one per loss"
                 )
             return jnp.vdot(weights.astype(values.dtype), values), values
 
