@@ -15,6 +15,7 @@ from bench.training import (
     aggregate,
     burgers,
     digits,
+    edge,
     helmholtz,
     large,
     overhead,
@@ -445,6 +446,14 @@ def test_overhead_is_measured(monkeypatch):
     assert plain["over_plain"] == fixed["over_fixed"] == 1
     assert [row["method"].split(", ")[2:] for row in ours] == [[], ["of the sum"], ["weighted"]]
     assert all(row["ms"] >= row["least_ms"] > 0 for row in ours)
+
+
+@pytest.mark.once
+def test_gradient_descent_on_digits_comes_to_the_edge():
+    """It is there, within a tenth, after a few hundred of the benchmark's 6,000 steps."""
+    row = edge.measure("gradient descent, 0.1", 1000)
+    assert 0.9 <= row["median"] <= 1.1
+    assert row["low"] <= row["median"] <= row["high"] <= row["largest"]
 
 
 @pytest.mark.once
