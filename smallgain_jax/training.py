@@ -401,20 +401,20 @@ def _first_order(
     if given.weighted:
         # by the weights it was handed, which move too slowly for one update to matter
         return _Terms(known, None, lambda updates, _: updates)
-    if given.term_grads is not None:
-        grads = given.term_grads
+    values, grads = known, given.term_grads
+    if grads is not None:
         _check_term_grads(grads, params, num_terms)
+    else:
+        check_params(params)
+        if per_term:
+            values, grads = losses.value_and_term_grads(params, *args)
+    if grads is not None:
         mixed = lambda mix: jax.tree.map(partial(_mixed, mix), grads)  # noqa: E731
-        return _Terms(known, grads, partial(_reweighted, mixed))
-    check_params(params)
-    if per_term:
-        values, grads = losses.value_and_term_grads(params, *args)
-        mixed = lambda mix: jax.tree.map(partial(_mixed, mix), grads)  # noqa: E731
-        return _Terms(values.astype(weights.dtype), grads, partial(_reweighted, mixed))
-    # one backward pass for the mixture, however many losses there are
-    values, pull = jax.vjp(lambda p: losses.values(p, *args), params)
-    mixed = lambda mix: pull(mix.astype(values.dtype))[0]  # noqa: E731
-    return _Terms(values.astype(weights.dtype), None, partial(_reweighted, mixed))
+    else:
+        # one backward pass for the mixture, however many losses there are
+        values, pull = jax.vjp(lambda p: losses.values(p, *args), params)
+        mixed = lambda mix: pull(mix.astype(values.dtype))[0]  # noqa: E731
+    return _Terms(values.astype(weights.dtype), grads, partial(_reweighted, mixed))
 
 
 def _reweighted(mixed: Callable[[jax.Array], Any], updates: Any, weights: jax.Array) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 ROOT = Path(__file__).parents[2]
 Params = dict[str, Any]
@@ -72,6 +73,11 @@ def hidden(params: Params, x: jax.Array, shape: Shape) -> jax.Array:
 def logits(params: Params, x: jax.Array, shape: Shape) -> jax.Array:
     """Scores [B, T, size] of the next character; embeddings are tied."""
     return hidden(params, x, shape) @ params["embedding_token"].T
+
+
+def cross_entropy(scores: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy in nats a character."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels))
 
 
 def windows(key: jax.Array, of: jax.Array, number: int, length: int) -> jax.Array:

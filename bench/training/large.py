@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bench.training.language import Params, Shape, hidden, init, text, windows
+from bench.training.language import Params, Shape, cross_entropy, hidden, init, text, windows
 from bench.training.problems import Problem
 from smallgain_jax.energy.losses import terms
 
@@ -29,8 +29,8 @@ def problem(shape: Shape = SHAPE, batch_size: int = BATCH) -> Problem:
         after = states @ params["head_after"] @ params["embedding_token"].T
         partition = jax.nn.logsumexp(scores, axis=-1)
         return {
-            "next": _cross_entropy(scores, x[:, 1:-1]),
-            "after": _cross_entropy(after, x[:, 2:]),
+            "next": cross_entropy(scores, x[:, 1:-1]),
+            "after": cross_entropy(after, x[:, 2:]),
             "partition": 1e-2 * jnp.mean(jnp.square(partition)),
         }
 
@@ -58,7 +58,3 @@ def problem(shape: Shape = SHAPE, batch_size: int = BATCH) -> Problem:
         steps=1000,
         rates=(1e-4, 3e-4, 1e-3),
     )
-
-
-def _cross_entropy(scores: jax.Array, labels: jax.Array) -> jax.Array:
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, labels))

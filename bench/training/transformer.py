@@ -22,7 +22,7 @@ import optax
 
 import smallgain_jax as sg
 from bench.run import about
-from bench.training.language import Params, Shape, init, logits, text, windows
+from bench.training.language import Params, Shape, cross_entropy, init, logits, text, windows
 
 SHAPE = Shape(width=64, heads=4, layers=2, context=64)
 BATCH = 16
@@ -77,8 +77,7 @@ METHODS = {
 
 def loss(params: Params, x: jax.Array) -> jax.Array:
     """Cross entropy in nats a character at windows [B, T + 1]."""
-    scores = logits(params, x[:, :-1], SHAPE)
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scores, x[:, 1:]))
+    return cross_entropy(logits(params, x[:, :-1], SHAPE), x[:, 1:])
 
 
 def run(
