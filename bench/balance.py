@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 from bench.run import about
-from smallgain_jax.balance import balance_flow, balance_gradient, balance_residual
-from smallgain_jax.energy import Losses, terms
-from smallgain_jax.two_phase import balance_newton, two_phase
+from smallgain_jax.losses.balance import balance_flow, balance_gradient, balance_residual
+from smallgain_jax.losses.losses import Losses, terms
+from smallgain_jax.losses.two_phase import balance_newton, two_phase
 
 TRIPLE = np.array([[3.0, 1.0], [-1.0, 4.0], [1.0, -2.0]])
 WAVES = np.array([[2.0, 1.0], [-1.0, 3.0], [0.0, -2.0]])

@@ -26,8 +26,8 @@ import scipy.optimize
 
 import smallgain_jax as sg
 from bench.run import about
-from smallgain_jax.energy import EnergyGraph
-from smallgain_jax.scenarios import KINDS, Scenario, random_graph
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.tools.scenarios import KINDS, Scenario, random_graph
 
 SHARE = 1e-6
 ORIGINAL_SECONDS_PER_GRAPH = 0.17

@@ -24,7 +24,7 @@ import scipy.optimize
 from scipy.sparse import csr_matrix
 
 import smallgain_jax as sg
-from smallgain_jax.scenarios import KINDS, Scenario, random_graph
+from smallgain_jax.tools.scenarios import KINDS, Scenario, random_graph
 
 SHARES = (0.1, 1e-3, 1e-6)
 

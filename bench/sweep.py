@@ -22,8 +22,8 @@ import optax
 
 import smallgain_jax as sg
 from bench.run import about
-from smallgain_jax.suites import Suite
-from smallgain_jax.sweep import Range, Sweep, run_sweep
+from smallgain_jax.tools.suites import Suite
+from smallgain_jax.tools.sweep import Range, Sweep, run_sweep
 
 STEPS = 60
 SETTINGS = {

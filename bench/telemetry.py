@@ -21,9 +21,15 @@ import optax
 
 import smallgain_jax as sg
 from bench.run import about
-from smallgain_jax.live import CsvSink, LoggingSink, ParquetSink, TensorBoardSink, relax_in_chunks
-from smallgain_jax.scenarios import random_graph
-from smallgain_jax.telemetry import family_record
+from smallgain_jax.tools.live import (
+    CsvSink,
+    LoggingSink,
+    ParquetSink,
+    TensorBoardSink,
+    relax_in_chunks,
+)
+from smallgain_jax.tools.scenarios import random_graph
+from smallgain_jax.tools.telemetry import family_record
 
 
 def main() -> None:

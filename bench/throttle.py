@@ -21,9 +21,9 @@ import optax
 from sklearn.datasets import load_digits
 
 from bench.run import about
-from smallgain_jax.certificate import lipschitz_certificate
-from smallgain_jax.kappa import kappa_budget
-from smallgain_jax.throttle import throttle
+from smallgain_jax.networks.certificate import lipschitz_certificate
+from smallgain_jax.networks.kappa import kappa_budget
+from smallgain_jax.throttling import throttle
 
 GRID = (0.05, 0.1, 0.2, 0.4)
 """Rates for plain gradient descent on the digits; factors of two."""

@@ -27,9 +27,9 @@ import optax
 import scipy.optimize
 
 import smallgain_jax as sg
-from smallgain_jax import plots, telemetry
-from smallgain_jax.margin import gradient_descent_limit, row_budgets
-from smallgain_jax.telemetry import Table
+from smallgain_jax.limits.closed_forms import gradient_descent_limit, row_budgets
+from smallgain_jax.tools import plots, telemetry
+from smallgain_jax.tools.telemetry import Table
 
 jax.config.update("jax_enable_x64", True)
 

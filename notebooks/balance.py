@@ -25,9 +25,9 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from smallgain_jax.balance import balance_flow, balance_residual
-from smallgain_jax.energy import terms
-from smallgain_jax.two_phase import balance_newton, two_phase
+from smallgain_jax.losses.balance import balance_flow, balance_residual
+from smallgain_jax.losses.losses import terms
+from smallgain_jax.losses.two_phase import balance_newton, two_phase
 
 jax.config.update("jax_enable_x64", True)
 

@@ -39,9 +39,9 @@ from scipy.sparse.linalg import LinearOperator, cg, spsolve
 from scipy.spatial import cKDTree
 
 import smallgain_jax as sg
-from smallgain_jax import cli, plots
-from smallgain_jax.io import read_columns, write_table
-from smallgain_jax.telemetry import Table
+from smallgain_jax.tools import cli, plots
+from smallgain_jax.tools.io import read_columns, write_table
+from smallgain_jax.tools.telemetry import Table
 
 jax.config.update("jax_enable_x64", True)
 

@@ -33,10 +33,10 @@ import numpy as np
 import optax
 
 import smallgain_jax as sg
-from smallgain_jax import plots, scenarios, telemetry
-from smallgain_jax.margin import gradient_descent_limit
-from smallgain_jax.telemetry import Table
-from smallgain_jax.validation import RATES, best_run, first, gaps, own_count
+from smallgain_jax.limits.closed_forms import gradient_descent_limit
+from smallgain_jax.tools import plots, scenarios, telemetry
+from smallgain_jax.tools.telemetry import Table
+from smallgain_jax.tools.validation import RATES, best_run, first, gaps, own_count
 
 jax.config.update("jax_enable_x64", True)
 

@@ -23,8 +23,8 @@ import jax
 import optax
 
 import smallgain_jax as sg
-from smallgain_jax import plots, telemetry
-from smallgain_jax.scenarios import dense
+from smallgain_jax.tools import plots, telemetry
+from smallgain_jax.tools.scenarios import dense
 
 jax.config.update("jax_enable_x64", True)
 

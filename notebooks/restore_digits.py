@@ -37,9 +37,9 @@ from sklearn.datasets import load_digits
 from sklearn.impute import KNNImputer
 
 import smallgain_jax as sg
-from smallgain_jax import cli, plots
-from smallgain_jax.io import read_columns, write_table
-from smallgain_jax.telemetry import Table
+from smallgain_jax.tools import cli, plots
+from smallgain_jax.tools.io import read_columns, write_table
+from smallgain_jax.tools.telemetry import Table
 
 jax.config.update("jax_enable_x64", True)
 

@@ -38,10 +38,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import smallgain_jax as sg
-from smallgain_jax import plots, scenarios
-from smallgain_jax.suites import Suite
-from smallgain_jax.sweep import Sweep, run_sweep
-from smallgain_jax.validation import first, gaps
+from smallgain_jax.tools import plots, scenarios
+from smallgain_jax.tools.suites import Suite
+from smallgain_jax.tools.sweep import Sweep, run_sweep
+from smallgain_jax.tools.validation import first, gaps
 
 jax.config.update("jax_enable_x64", True)
 devices = jax.devices()

@@ -26,9 +26,9 @@ import numpy as np
 import optax
 from sklearn.datasets import load_digits
 
-from smallgain_jax.certificate import lipschitz_certificate, lipschitz_lower_bound
-from smallgain_jax.kappa import kappa_budget
-from smallgain_jax.throttle import throttle
+from smallgain_jax.networks.certificate import lipschitz_certificate, lipschitz_lower_bound
+from smallgain_jax.networks.kappa import kappa_budget
+from smallgain_jax.throttling import throttle
 
 # %% [markdown]
 # The digits of scikit-learn, a tanh network, half the squared error, the full batch of 1,000 rows.

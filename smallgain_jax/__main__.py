@@ -2,7 +2,7 @@
 
 import sys
 
-from smallgain_jax.cli import main
+from smallgain_jax.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,18 +9,19 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_fraction, check_positive
-from smallgain_jax.allocate import POLICIES
-from smallgain_jax.curvature import Activity
-from smallgain_jax.energy import EnergyGraph, Losses
-from smallgain_jax.energy import terms as make_terms
-from smallgain_jax.reweight import Limit, Settings, reweighted
-from smallgain_jax.reweight import SmallGainInfo as SmallGainInfo
-from smallgain_jax.reweight import SmallGainState as SmallGainState
-from smallgain_jax.sharpness import Blocks
-from smallgain_jax.training import TrainingInfo as TrainingInfo
-from smallgain_jax.training import TrainingSettings, trained
-from smallgain_jax.training import TrainingState as TrainingState
-from smallgain_jax.weighting import VALUES, allocation_rule, cap_rule, gradnorm_rule
+from smallgain_jax.allocation.knapsack import POLICIES
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.small_gain import Limit, Settings, reweighted
+from smallgain_jax.graphs.small_gain import SmallGainInfo as SmallGainInfo
+from smallgain_jax.graphs.small_gain import SmallGainState as SmallGainState
+from smallgain_jax.graphs.weights import VALUES, allocation_rule, cap_rule, gradnorm_rule
+from smallgain_jax.losses.losses import Losses
+from smallgain_jax.losses.losses import terms as make_terms
+from smallgain_jax.losses.small_gain import TrainingInfo as TrainingInfo
+from smallgain_jax.losses.small_gain import TrainingSettings, trained
+from smallgain_jax.losses.small_gain import TrainingState as TrainingState
+from smallgain_jax.spectral.power import Blocks
+from smallgain_jax.spectral.rows import Activity
 
 STATIC = (
     "every",
@@ -121,7 +122,7 @@ def small_gain(
     1. prices: the curvature $\lambda_k$ of each loss, and of the weighted sum, by power iteration
        on $P^{-1/2} H_k P^{-1/2}$ in the metric P of the base optimizer, from where it stopped last;
     2. limit: what the base optimizer is stable up to in that metric, at its present rate:
-       $2/\alpha$ for gradient descent, $38/\alpha$ for Adam (`margin`, `probe`);
+       $2/\alpha$ for gradient descent, $38/\alpha$ for Adam (`limits`);
     3. shares: policy "fair" moves $\log w_k$ towards that of
        $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional fairness (Kelly, Maulloo and
        Tan 1998) at the total cost of the reference, so that only ratios move; "greedy" raises and

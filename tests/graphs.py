@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import smallgain_jax as sg
-from smallgain_jax.energy.build import term_order
-from smallgain_jax.scenarios import random_graph
+from smallgain_jax.graphs.build import term_order
+from smallgain_jax.tools.scenarios import random_graph
 
 SLACK = 8
 """Rounding of an energy evaluated by two programs, in units of its eps."""

@@ -2,14 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smallgain_jax.acceptance import (
-    Box,
-    Trial,
-    armijo,
-    cosine,
-    directional_curvature,
-    guard_scale,
-)
+from smallgain_jax.search.armijo import Trial, armijo
+from smallgain_jax.search.box import Box
+from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale
 
 
 def test_guard_makes_any_update_descend(eps):

@@ -8,7 +8,7 @@ from scipy.optimize import linprog, minimize
 from scipy.sparse import csr_matrix, vstack
 
 import smallgain_jax as sg
-from smallgain_jax.scenarios import KINDS, random_graph
+from smallgain_jax.tools.scenarios import KINDS, random_graph
 
 allocate = jax.jit(sg.allocate, static_argnames=("policy", "rounds", "repricings", "bins"))
 

@@ -11,22 +11,22 @@ import optax
 import pytest
 import scipy.optimize
 
-from smallgain_jax.balance import (
+from smallgain_jax.losses.balance import (
     balance_flow,
     balance_gradient,
     balance_residual,
     cosine_matrix,
     interaction_ratio,
 )
-from smallgain_jax.energy import terms
-from smallgain_jax.two_phase import (
+from smallgain_jax.losses.losses import terms
+from smallgain_jax.losses.two_phase import (
     BALANCE,
     LOSS,
     balance_newton,
-    lanczos,
     smallest_curvature,
     two_phase,
 )
+from smallgain_jax.spectral.lanczos import lanczos
 
 # the problems of seed 004
 PAIR = np.array([3.0, -2.0])

@@ -8,17 +8,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 
-from smallgain_jax.energy import (
-    FAMILIES,
-    AsymmetricHinge,
-    DirectedHinge,
-    EnergyGraph,
-    GateBenefit,
-    Landau,
-    PairTerm,
-    Quadratic,
-)
-from smallgain_jax.energy.build import (
+from smallgain_jax.graphs.build import (
     family_parameters,
     from_edge_list,
     from_networkx,
@@ -26,6 +16,16 @@ from smallgain_jax.energy.build import (
     known_parameters,
     term_order,
 )
+from smallgain_jax.graphs.families import (
+    FAMILIES,
+    AsymmetricHinge,
+    DirectedHinge,
+    GateBenefit,
+    PairTerm,
+    Quadratic,
+)
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.local import Landau
 
 RECORDS = [
     {"i": 0, "j": 1, "family": "gate_benefit", "weight": 0.5, "delta": -0.1},

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallgain_jax.certificate import ACTIVATIONS, lipschitz_certificate, lipschitz_lower_bound
-from smallgain_jax.kappa import Layer
+from smallgain_jax.networks.certificate import (
+    ACTIVATIONS,
+    lipschitz_certificate,
+    lipschitz_lower_bound,
+)
+from smallgain_jax.networks.layers import Layer
 
 HIDDEN, INPUTS, OUTPUTS, NETWORKS = 6, 2, 2, 200
 

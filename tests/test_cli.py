@@ -11,10 +11,11 @@ import optax
 import polars as pl
 import pytest
 
-from smallgain_jax import EnergyGraph, Landau, Quadratic, cli, relax, scenarios, telemetry
-from smallgain_jax.io import read_graph
-from smallgain_jax.sweep import Sweep
-from smallgain_jax.validation import Plan
+from smallgain_jax import EnergyGraph, Landau, Quadratic, relax
+from smallgain_jax.tools import cli, scenarios, telemetry
+from smallgain_jax.tools.io import read_graph
+from smallgain_jax.tools.sweep import Sweep
+from smallgain_jax.tools.validation import Plan
 
 pytestmark = pytest.mark.once
 

@@ -5,7 +5,7 @@ import pytest
 import scipy.sparse
 
 import smallgain_jax as sg
-from smallgain_jax.scenarios import KINDS, random_graph
+from smallgain_jax.tools.scenarios import KINDS, random_graph
 from tests.graphs import dense_matrix, fixed_shape_graph, stack
 
 PER_KIND = 125  # times eight kinds: the thousand graphs of the bar

@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from smallgain_jax import demo, scenarios
-from smallgain_jax.cli import main
-from smallgain_jax.validation import RATES
+from smallgain_jax.tools import demo, scenarios
+from smallgain_jax.tools.cli import main
+from smallgain_jax.tools.validation import RATES
 
 pytestmark = pytest.mark.x64
 

@@ -3,7 +3,6 @@
 import ast
 import inspect
 import re
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -54,18 +53,18 @@ def defined_in(module):
 
 def public_names():
     """`name` for those of the package itself, `module.name` for those of its modules."""
-    for name, thing in vars(sg).items():
-        if not name.startswith("_") and not inspect.ismodule(thing):
+    for name in sg.__all__:
+        if not inspect.ismodule(getattr(sg, name)):
             yield name
     for module in MODULES:
-        for name in defined_in(import_module(f"smallgain_jax.{module}")):
+        for name in defined_in(getattr(sg, module)):
             if not name.startswith("_"):
                 yield f"{module}.{name}"
 
 
 def thing_named(name):
     module, _, last = name.rpartition(".")
-    return getattr(import_module(f"smallgain_jax.{module}") if module else sg, last)
+    return getattr(getattr(sg, module) if module else sg, last)
 
 
 def entries():

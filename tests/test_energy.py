@@ -5,8 +5,8 @@ import pytest
 from jax.test_util import check_grads
 
 import smallgain_jax as sg
-from smallgain_jax.energy.families import _power
-from smallgain_jax.scenarios import random_graph
+from smallgain_jax.graphs.families import _power
+from smallgain_jax.tools.scenarios import random_graph
 
 FAMILIES = [
     lambda i, j, w: sg.Quadratic(i, j, w),

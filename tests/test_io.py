@@ -12,9 +12,9 @@ import pytest
 import scipy.io
 import scipy.sparse
 
-from smallgain_jax.energy import Landau
-from smallgain_jax.energy.build import from_edge_list, from_networkx, from_scipy, term_order
-from smallgain_jax.io import FileFormatError, read_graph, write_atomic, write_state
+from smallgain_jax.graphs.build import from_edge_list, from_networkx, from_scipy, term_order
+from smallgain_jax.graphs.local import Landau
+from smallgain_jax.tools.io import FileFormatError, read_graph, write_atomic, write_state
 
 RECORDS = [
     {"i": 0, "j": 1, "family": "gate_benefit", "weight": 0.5, "delta": -0.1},

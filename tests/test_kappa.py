@@ -8,15 +8,9 @@ import optax
 import pytest
 
 import smallgain_jax as sg
-from smallgain_jax.kappa import (
-    STATIC,
-    Layer,
-    coarse_bound,
-    find_layers,
-    kappa_budget,
-    matrix_layers,
-    spectral_bound,
-)
+from smallgain_jax.networks.kappa import STATIC, kappa_budget
+from smallgain_jax.networks.layers import Layer, find_layers, matrix_layers
+from smallgain_jax.spectral.norms import coarse_bound, spectral_bound
 
 SHAPES = {"a": (12, 8), "b": (12, 12), "c": (5, 12)}
 NETWORK = {"in": (6, 8), "out": (8, 2)}

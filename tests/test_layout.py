@@ -1,7 +1,9 @@
-"""Modules import one way only, and every public name is documented."""
+"""The house: floors import downwards only, and every public name is documented."""
 
 import ast
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,71 +12,49 @@ import smallgain_jax as sg
 
 pytestmark = pytest.mark.once
 PACKAGE = Path(sg.__file__).parent
-ORDER = [
-    "_checks",
-    "curvature",
-    "penalties",
-    "energy",
-    "margin",
-    "allocate",
-    "acceptance",
-    "probe",
-    "sharpness",
-    "throttle",
-    "kappa",
-    "certificate",
-    "balance",
-    "two_phase",
-    "weighting",
-    "reweight",
-    "training",
-    "transform",
-    "phase",
-    "descent",
-    "relax",
-    "presets",
-    "scenarios",
-    "suites",
-    "io",
-    "telemetry",
-    "plots",
-    "live",
-    "validation",
-    "demo",
-    "sweep",
-    "report",
-    "cli",
-    "__main__",
+FLOORS = [
+    {"_checks"},
+    {"_tree"},
+    {"spectral", "search"},
+    {"allocation", "limits", "penalties", "presets"},
+    {"graphs", "losses", "networks", "throttling"},
+    {"transform"},
+    {"tools"},
+    {"__init__", "__main__"},
 ]
-PACKAGES = {
-    "energy": ["local", "families", "graph", "build", "losses"],
-    "penalties": ["base", "separable", "hoyer", "entropy", "gates", "nodes", "least_squares"],
-}
+"""From the ground up. Rooms of one floor never import each other."""
 
 
-def imported_modules(path):
+def imported_rooms(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("smallgain_jax"):
             parts = node.module.split(".")[1:]
-            yield from [parts] if parts else [[alias.name] for alias in node.names]
+            yield from [parts[0]] if parts else [alias.name for alias in node.names]
 
 
-def test_imports_go_one_way():
-    for path in PACKAGE.rglob("*.py"):
-        module = path.relative_to(PACKAGE).with_suffix("").parts
-        if module[-1] in ("__init__", "__main__"):
-            continue
-        assert module[0] in ORDER, f"{module[0]} has no place in the order"
-        for parts in imported_modules(path):
-            if parts[0] == module[0]:
-                order = PACKAGES[module[0]]
-                assert order.index(parts[1]) < order.index(module[1]), f"{module} imports {parts}"
-            else:
-                assert ORDER.index(parts[0]) < ORDER.index(module[0]), f"{module} imports {parts}"
+def floor_of(room):
+    (found,) = [k for k, rooms in enumerate(FLOORS) if room in rooms]
+    return found
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def test_floors_import_downwards(path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    for other in imported_rooms(path):
+        assert other == room or floor_of(other) < floor_of(room), f"{path} imports {other}"
 
 
 def test_public_names_are_documented():
-    public = [name for name in vars(sg) if not name.startswith("_")]
-    for name in public:
-        thing = getattr(sg, name)
-        assert inspect.getdoc(thing), f"{name} has no docstring"
+    for name in sg.__all__:
+        assert inspect.getdoc(getattr(sg, name)), f"{name} has no docstring"
+
+
+def test_importing_loads_no_tool():
+    found = subprocess.run(
+        [sys.executable, "-c", "import smallgain_jax, sys; print(*sys.modules, sep='\\n')"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert not [name for name in found if name.startswith("smallgain_jax.tools.")]
+    assert not {"scipy.optimize", "matplotlib", "tyro", "msgspec"} & set(found)

@@ -12,9 +12,10 @@ import polars as pl
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from smallgain_jax import EnergyGraph, Landau, Quadratic, live, telemetry
-from smallgain_jax.live import MarginWarning, WarningSink, open_sink, relax_in_chunks
-from smallgain_jax.telemetry import Table
+from smallgain_jax import EnergyGraph, Landau, Quadratic
+from smallgain_jax.tools import live, telemetry
+from smallgain_jax.tools.live import MarginWarning, WarningSink, open_sink, relax_in_chunks
+from smallgain_jax.tools.telemetry import Table
 
 pytestmark = pytest.mark.once
 

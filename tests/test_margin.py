@@ -5,7 +5,7 @@ import optax
 import pytest
 
 import smallgain_jax as sg
-from smallgain_jax.margin import row_budgets
+from smallgain_jax.limits.closed_forms import row_budgets
 
 
 @pytest.mark.parametrize(

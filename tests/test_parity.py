@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import smallgain_jax as sg
-from smallgain_jax import scenarios
+from smallgain_jax.tools import scenarios
 from tests.graphs import RECORDED, recorded_graph
 
 pytestmark = pytest.mark.x64

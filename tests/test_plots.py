@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from smallgain_jax import plots, scenarios
-from smallgain_jax.telemetry import Table
+from smallgain_jax.tools import plots, scenarios
+from smallgain_jax.tools.telemetry import Table
 
 pytestmark = pytest.mark.once
 

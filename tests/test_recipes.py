@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import smallgain_jax as sg
-from smallgain_jax.probe import probe_optimizer
+from smallgain_jax.limits.probe import probe_optimizer
 from smallgain_jax.transform import STATIC
 
 pytestmark = pytest.mark.once

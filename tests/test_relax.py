@@ -12,8 +12,8 @@ import scipy.optimize
 from jax.test_util import check_grads
 
 import smallgain_jax as sg
-from smallgain_jax import scenarios
-from smallgain_jax.scenarios import random_graph
+from smallgain_jax.tools import scenarios
+from smallgain_jax.tools.scenarios import random_graph
 from tests.graphs import SLACK, fixed_shape_graph, stack, steps_to
 
 

@@ -8,11 +8,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from smallgain_jax import cli, report
-from smallgain_jax.suites import Suite
-from smallgain_jax.sweep import Sweep, SweepResult
-from smallgain_jax.telemetry import Table
-from smallgain_jax.validation import Plan, PlanResult
+from smallgain_jax.tools import cli, report
+from smallgain_jax.tools.suites import Suite
+from smallgain_jax.tools.sweep import Sweep, SweepResult
+from smallgain_jax.tools.telemetry import Table
+from smallgain_jax.tools.validation import Plan, PlanResult
 
 pytestmark = pytest.mark.once
 

@@ -15,9 +15,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import smallgain_jax as sg
-from smallgain_jax.acceptance import Trial, armijo
-from smallgain_jax.curvature import block_curvature
-from smallgain_jax.scenarios import KINDS, random_graph
+from smallgain_jax.search.armijo import Trial, armijo
+from smallgain_jax.spectral.rows import block_curvature
+from smallgain_jax.tools.scenarios import KINDS, random_graph
 from tests.graphs import fixed_shape_graph, stack
 
 

@@ -5,8 +5,8 @@ import networkx as nx
 import numpy as np
 import pytest
 
-from smallgain_jax import scenarios, suites
-from smallgain_jax.suites import Suite
+from smallgain_jax.tools import scenarios, suites
+from smallgain_jax.tools.suites import Suite
 
 pytestmark = pytest.mark.once
 

@@ -7,18 +7,9 @@ import optax
 import polars as pl
 import pytest
 
-from smallgain_jax import (
-    EnergyGraph,
-    Landau,
-    Quadratic,
-    auto_cap,
-    gradnorm,
-    relax,
-    scenarios,
-    small_gain,
-    telemetry,
-)
-from smallgain_jax.telemetry import Table, family_record, record, table
+from smallgain_jax import EnergyGraph, Landau, Quadratic, auto_cap, gradnorm, relax, small_gain
+from smallgain_jax.tools import scenarios, telemetry
+from smallgain_jax.tools.telemetry import Table, family_record, record, table
 
 STEPS = 6
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from smallgain_jax.throttle import STATIC, throttle
+from smallgain_jax.throttling import STATIC, throttle
 
 
 def quadratics(num, dim=12, seed=0):

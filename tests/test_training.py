@@ -101,7 +101,7 @@ def make_limit_case(name):
     ["sgd", "heavy ball", "nesterov", "adam", "rmsprop", "scheduled", "injected", "clipped"],
 )
 def test_limits_of_base_optimizers(name):
-    from smallgain_jax.probe import probe_optimizer
+    from smallgain_jax.limits.probe import probe_optimizer
 
     make, limit = make_limit_case(name)
     optimizer = make(0.01)
@@ -124,7 +124,7 @@ def test_limits_of_base_optimizers(name):
     ],
 )
 def test_optimizers_without_a_limit(optimizer):
-    from smallgain_jax.probe import probe_optimizer
+    from smallgain_jax.limits.probe import probe_optimizer
 
     assert probe_optimizer(optimizer) is None
 
@@ -133,7 +133,7 @@ def test_optimizers_without_a_limit(optimizer):
 def test_the_limit_is_where_training_turns_unstable(name, rate):
     """Exact toy: one quadratic, just below and just above the limit that the probe states."""
     make, _ = make_limit_case(name)
-    from smallgain_jax.probe import probe_optimizer
+    from smallgain_jax.limits.probe import probe_optimizer
 
     optimizer = make(rate)
     limit = float(probe_optimizer(optimizer).limit(optimizer.init(jnp.zeros(()))))
@@ -155,7 +155,7 @@ def test_the_limit_is_where_training_turns_unstable(name, rate):
 
 def test_adam_turns_unstable_at_its_limit():
     """Second moments far above the gradient's own freeze the metric: then the limit is exact."""
-    from smallgain_jax.probe import probe_optimizer
+    from smallgain_jax.limits.probe import probe_optimizer
 
     rate = 1e-3
     optimizer = optax.adam(rate, b2=1 - 1e-9)
@@ -268,7 +268,8 @@ def test_differences_of_gradients_are_hessian_products(given):
         )
         return {"fit": jnp.mean(error**2), "size": jnp.sum(p[0] ** 4), "flat": jnp.sum(p[1])}
 
-    from smallgain_jax.sharpness import PRODUCTS, random_vector
+    from smallgain_jax.losses.sharpness import PRODUCTS
+    from smallgain_jax.spectral.power import random_vector
 
     losses = sg.terms(fn)
     params = [jnp.asarray(0.3 * x[:8]), jnp.asarray(y[0])]

@@ -9,8 +9,8 @@ import pytest
 from jax.test_util import check_grads
 
 import smallgain_jax as sg
-from smallgain_jax import scenarios
-from smallgain_jax.scenarios import random_graph
+from smallgain_jax.tools import scenarios
+from smallgain_jax.tools.scenarios import random_graph
 from tests.graphs import SLACK, steps_to
 
 BASES = {

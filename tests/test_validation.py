@@ -9,11 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from smallgain_jax import phase, plots, scenarios, sweep, validation
-from smallgain_jax.suites import Suite
-from smallgain_jax.sweep import Range, Sweep, run_sweep
-from smallgain_jax.telemetry import Table
-from smallgain_jax.validation import METHODS, Outcome, Plan, PlanResult, claims, kpis, run_plan
+from smallgain_jax.tools import phase, plots, scenarios, sweep, validation
+from smallgain_jax.tools.suites import Suite
+from smallgain_jax.tools.sweep import Range, Sweep, run_sweep
+from smallgain_jax.tools.telemetry import Table
+from smallgain_jax.tools.validation import (
+    METHODS,
+    Outcome,
+    Plan,
+    PlanResult,
+    claims,
+    kpis,
+    run_plan,
+)
 from tests.graphs import RECORDED
 
 pytestmark = pytest.mark.x64

@@ -9,7 +9,7 @@ import optax
 
 from bench.training.network import Params, derivatives, glorot, tanh_network
 from bench.training.problems import Problem, kernel_trace
-from smallgain_jax.energy.losses import terms
+from smallgain_jax.losses.losses import terms
 
 VISCOSITY = 0.01 / np.pi
 SIZES = (2, 50, 50, 50, 50, 50, 1)

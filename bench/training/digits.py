@@ -9,7 +9,7 @@ import optax
 
 from bench.training.network import glorot, tanh_network
 from bench.training.problems import Problem, kernel_trace
-from smallgain_jax.energy.losses import terms
+from smallgain_jax.losses.losses import terms
 
 ROWS, WIDTH = 1000, 64
 

@@ -11,7 +11,7 @@ import optax
 
 from bench.training.language import Params, Shape, cross_entropy, hidden, init, text, windows
 from bench.training.problems import Problem
-from smallgain_jax.energy.losses import terms
+from smallgain_jax.losses.losses import terms
 
 SHAPE = Shape(width=384, heads=6, layers=6, context=256)
 BATCH = 32

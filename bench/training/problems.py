@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from smallgain_jax.energy.losses import Losses
+from smallgain_jax.losses.losses import Losses
 
 
 class Problem(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from bench.training.problems import Problem
-from smallgain_jax.energy.losses import terms
+from smallgain_jax.losses.losses import terms
 
 MATRICES = np.array([[2.0, -1.0], [-1.0, 2.0]]) * np.array([1.0, 10.0])[:, None, None]  # [2, 2, 2]
 CENTRES = np.array([[1.0, 0.0], [-10.0, 0.0]])  # [2, 2]

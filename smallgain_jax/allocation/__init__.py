@@ -1,0 +1,1 @@
+"""The kernel that spends budgets: a fractional knapsack, greedy or fair."""

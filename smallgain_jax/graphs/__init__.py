@@ -1,0 +1,1 @@
+"""Energy graphs: their terms, and the ways to descend on them."""

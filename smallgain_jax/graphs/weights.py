@@ -1,0 +1,225 @@
+r"""Rules that move the weights of terms: pure functions of a snapshot of the objective.
+
+A rule sees the terms at the parameters to first and second order, and the present weights and
+scores; it returns new ones. Values say what a unit of weight is worth:
+`grad_norm` $\|\nabla e_k\|^2$, `alignment` $\langle\nabla F(x; 1), \nabla e_k\rangle$, and `peek`,
+the decrease that was measured.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from smallgain_jax.allocation.knapsack import allocate
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.limits.closed_forms import row_budgets
+from smallgain_jax.spectral.rows import Curvature
+
+
+class Snapshot(NamedTuple):
+    """What a rule may look at: the terms at the parameters, to first and second order."""
+
+    x: jax.Array
+    gradient: jax.Array  # of the reference objective, shaped like x
+    term_gradients: jax.Array  # [K, 2] or [K, 2, d]
+    term_energies: jax.Array  # [K]
+    curvature: Curvature
+    limit: jax.Array  # [] curvature limit of the base optimizer
+    target: jax.Array  # [] T, a fraction of it
+    count: jax.Array  # type: ignore[assignment]  # [] int32
+
+
+class Move(NamedTuple):
+    """What a rule decided."""
+
+    weights: jax.Array  # [K]
+    scores: jax.Array  # [K]
+    spent_rows: jax.Array  # [n]
+    spent_global: jax.Array  # []
+
+
+class Rule(Protocol):
+    """How weights move: pure, from a snapshot and the present weights and scores."""
+
+    def __call__(
+        self, graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
+    ) -> Move: ...
+
+
+def allocation_rule(
+    *,
+    policy: str,
+    value: str,
+    every: int,
+    budget_fraction: ArrayLike,
+    global_budget: ArrayLike,
+    max_step_change: ArrayLike,
+    floor: ArrayLike,
+    ceiling: ArrayLike,
+    ema: ArrayLike,
+    rounds: int,
+) -> Rule:
+    """Spend the rows' margins by score; the arguments are those of `small_gain`."""
+    measure = VALUES[value]
+
+    def allocated(
+        graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
+    ) -> Move:
+        rows, cost = _rows_and_cost(graph, snapshot)
+        price = jnp.sum(cost, axis=1)
+        # linear terms cost nothing; a floor keeps their scores finite
+        price = jnp.maximum(price, 1e-6 * jnp.max(price, initial=0.0))
+        price = jnp.where(price > 0, price, 1)
+        worth, known = measure(graph, snapshot, weights)
+        fresh = jnp.where(snapshot.count == 0, 1, ema)
+        scores = jnp.where(known, fresh * worth / price + (1 - fresh) * scores, scores)
+        lower = jnp.maximum(floor, (1 - max_step_change) * weights)
+        upper = jnp.maximum(jnp.minimum(ceiling, (1 + max_step_change) * weights), lower)
+        at_lower = snapshot.curvature.local_rows.reshape(-1).at[rows].add(lower[:, None] * cost)
+        spend = allocate(
+            scores * price,
+            cost,
+            rows,
+            lower,
+            upper,
+            row_budgets(snapshot.target, at_lower, budget_fraction),
+            global_budget,
+            policy=policy,
+            rounds=rounds,
+        )
+        spent_rows = spend.spent_rows.reshape(snapshot.x.shape)
+        return Move(spend.weights, scores, spent_rows, spend.spent_global)
+
+    if every == 1:
+        return allocated
+
+    def now_and_then(
+        graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
+    ) -> Move:
+        return jax.lax.cond(
+            snapshot.count % every == 0,
+            lambda: allocated(graph, snapshot, weights, scores),
+            lambda: unspent(snapshot, weights, scores),
+        )
+
+    return now_and_then
+
+
+def gradnorm_rule(
+    *,
+    target_norm: ArrayLike,
+    alpha: ArrayLike,
+    update_rate: ArrayLike,
+    floor: ArrayLike,
+    ceiling: ArrayLike,
+) -> Rule:
+    """Pull gradient norms together; the arguments are those of `gradnorm`."""
+
+    def rule(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
+        norms = weights * jnp.sqrt(_squared_norms(snapshot.term_gradients))
+        size = jnp.abs(snapshot.term_energies)
+        lag = size / jnp.maximum(jnp.mean(size), jnp.finfo(size.dtype).tiny)
+        aim = target_norm * jnp.mean(norms) * lag**alpha
+        ratio = jnp.where(norms > 0, aim / jnp.where(norms > 0, norms, 1), 1)
+        moved = jnp.clip(weights * (1 + update_rate * (ratio - 1)), floor, ceiling)
+        return unspent(snapshot, moved, ratio)
+
+    return rule
+
+
+def cap_rule(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
+    """One common weight min(1, T / L)."""
+    lipschitz = snapshot.curvature.lipschitz
+    scale = jnp.minimum(1, snapshot.target / jnp.where(lipschitz > 0, lipschitz, 1))
+    return unspent(snapshot, jnp.full_like(weights, scale), scores)
+
+
+def unspent(snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
+    """A move that touches no budget."""
+    return Move(weights, scores, jnp.zeros_like(snapshot.x), jnp.zeros((), snapshot.x.dtype))
+
+
+def scaled(values: jax.Array, pairs: jax.Array) -> jax.Array:
+    """`values` [K] times what each term has on its two ends, [K, 2, ...]."""
+    return values.reshape(-1, *(1,) * (pairs.ndim - 1)) * pairs
+
+
+def _squared_norms(term_gradients: jax.Array) -> jax.Array:
+    return jnp.sum(term_gradients**2, axis=tuple(range(1, term_gradients.ndim)))
+
+
+def _rows_and_cost(graph: EnergyGraph, snapshot: Snapshot) -> tuple[jax.Array, jax.Array]:
+    """Rows [K, m] that each term touches among the raveled coordinates, and its cost there."""
+    width = int(np.prod(snapshot.x.shape[1:], dtype=int))
+    ends = jnp.stack([graph.i, graph.j], axis=1)
+    rows = (ends[:, :, None] * width + jnp.arange(width)[None, None, :]).reshape(-1, 2 * width)
+    return rows, snapshot.curvature.edge_cost.reshape(-1, 2 * width)
+
+
+# Values: (graph, snapshot, weights) -> (value [K], whether it is known now [K])
+
+
+def _grad_norm_value(
+    graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    value = _squared_norms(snapshot.term_gradients)
+    return value, jnp.ones(value.shape, bool)
+
+
+def _alignment_value(
+    graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    ends = jnp.stack([snapshot.gradient[graph.i], snapshot.gradient[graph.j]], axis=1)
+    value = jnp.sum(ends * snapshot.term_gradients, axis=tuple(range(1, ends.ndim)))
+    return value, jnp.ones(value.shape, bool)
+
+
+PEEK_EVERY = 10
+PEEK_SHARE = 0.05
+PEEK_MOST = 16
+
+
+def _peek_value(
+    graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Measured decrease of F(x - g(w)/L; 1) per unit of weight and of step, for a few terms."""
+    num_terms = weights.shape[0]
+    if num_terms == 0:
+        return weights, jnp.ones(0, bool)
+    few = min(max(1, int(PEEK_SHARE * num_terms)), PEEK_MOST)
+    lipschitz = snapshot.curvature.lipschitz
+    step = 1 / jnp.where(lipschitz > 0, lipschitz, 1)
+    nudge = jnp.asarray(jnp.finfo(weights.dtype).eps ** (1 / 3), weights.dtype)
+    mixed = graph.scatter(scaled(weights - 1, snapshot.term_gradients))
+    at = snapshot.x - step * (snapshot.gradient + mixed)
+    turn = snapshot.count // PEEK_EVERY
+    chosen = (turn * few + jnp.arange(few)) % num_terms
+
+    def measure(k: jax.Array) -> jax.Array:
+        moved = step * nudge * snapshot.term_gradients[k]
+        up = at.at[graph.i[k]].add(-moved[0]).at[graph.j[k]].add(-moved[1])
+        down = at.at[graph.i[k]].add(moved[0]).at[graph.j[k]].add(moved[1])
+        return (graph.energy(down) - graph.energy(up)) / (2 * nudge * step)
+
+    first_order, _ = _alignment_value(graph, snapshot, weights)
+    start = snapshot.count == 0
+    peeking = snapshot.count % PEEK_EVERY == 0
+
+    def look() -> jax.Array:
+        return first_order.at[chosen].set(jax.lax.map(measure, chosen))
+
+    value = jax.lax.cond(peeking, look, lambda: first_order)
+    seen = jnp.zeros(num_terms, bool).at[chosen].set(True)
+    return value, start | (peeking & seen)
+
+
+VALUES: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {
+    "grad_norm": _grad_norm_value,
+    "alignment": _alignment_value,
+    "peek": _peek_value,
+}
+"""What a unit of a term's weight is worth, by name."""

@@ -1,0 +1,1 @@
+"""Networks as chains of matrices: layers, budgets for their gains, certificates."""

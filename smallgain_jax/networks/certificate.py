@@ -1,0 +1,183 @@
+r"""Lipschitz constants of feed-forward networks, from both sides.
+
+The upper bound multiplies certified spectral norms and the activations' constants; the lower one is
+the largest gain of the Jacobian that a search over inputs has met.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from smallgain_jax._checks import check_positive
+from smallgain_jax.networks.layers import Rule, find_layers
+from smallgain_jax.spectral.norms import spectral_bound
+
+ACTIVATIONS: dict[str, float] = {
+    "abs": 1.0,
+    "elu": 1.0,
+    "gelu": 1.129,
+    "identity": 1.0,
+    "leaky_relu": 1.0,
+    "relu": 1.0,
+    "sigmoid": 0.25,
+    "silu": 1.1,
+    "softplus": 1.0,
+    "tanh": 1.0,
+}
+"""Lipschitz constants of activations, rounded up; gelu's holds for its tanh form as well."""
+
+
+class Certificate(NamedTuple):
+    """An upper bound of a network's Lipschitz constant. n layers, in the chain's order."""
+
+    upper: jax.Array  # [] certified up to rounding that it is inflated for
+    layers: jax.Array  # [n] certified bounds of the layers' norms
+    activations: jax.Array  # [n - 1] constants of the activations between them
+
+
+def lipschitz_certificate(
+    params: Any,
+    *,
+    layers: Rule | None = None,
+    activations: str | Sequence[float] = "relu",
+    power_steps: int = 50,
+) -> Certificate:
+    r"""Upper bound $\prod_l \|W_l\|_2 \prod_l L(\phi_l)$ for $W_n \phi_{n-1} \cdots \phi_1 W_1$.
+
+    Biases do not count. Each norm is certified by `spectral_bound` (Szegedy et al., *Intriguing
+    properties of neural networks*, ICLR 2014, section 4.3, for the product). An activation after
+    the last layer multiplies `upper` by its own constant; softmax, normalization and attention
+    between positions are not covered.
+
+    Args:
+      params: pytree of the network's parameters.
+      layers: rule (path, leaf) -> `Layer` or None, as in `kappa_budget`; None takes every leaf with
+        two axes or more.
+      activations: a name of `ACTIVATIONS`, used between all layers, or one Lipschitz constant per
+        gap, [n - 1].
+      power_steps: of the power iteration behind each certificate, static.
+
+    Returns:
+      A `Certificate`; 1 for a network without layers.
+
+    Raises:
+      ValueError: an unknown name, a constant that is not positive, or a wrong number of them.
+
+    >>> weights = [jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 3.0]))]
+    >>> bool(6.0 <= lipschitz_certificate(weights).upper <= 6.1)
+    True
+    """
+    leaves, found = jax.tree.leaves(params), find_layers(params, layers)
+    gaps = max(len(found) - 1, 0)
+    if isinstance(activations, str):
+        if activations not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activations = {activations!r} is unknown: choose from {names}")
+        constants = [ACTIVATIONS[activations]] * gaps
+    else:
+        constants = list(activations)
+        if len(constants) != gaps:
+            raise ValueError(
+                f"activations has {len(constants)} constants, but {gaps} lie between the layers"
+            )
+        for index, constant in enumerate(constants):
+            check_positive(f"activations[{index}]", constant)
+    if not found:
+        return Certificate(jnp.ones(()), jnp.zeros(0), jnp.zeros(0))
+    bounds = jnp.stack(
+        [
+            layer.gain * spectral_bound(layer.matrix(leaves[k]), power_steps=power_steps).upper
+            for k, layer in found
+        ]
+    )
+    between = jnp.asarray(constants, bounds.dtype)
+    rounding = 1 + 4 * float(jnp.finfo(bounds.dtype).eps) * len(found)
+    return Certificate(jnp.prod(bounds) * jnp.prod(between) * rounding, bounds, between)
+
+
+class LowerBound(NamedTuple):
+    """A gain that a network attains, so that its Lipschitz constant is at least this."""
+
+    lower: jax.Array  # [] best of all starts and steps
+    x: jax.Array  # [d] input where it is attained
+    direction: jax.Array  # [d] unit vector that is stretched by it
+
+
+def lipschitz_lower_bound(
+    fn: Callable[[jax.Array], jax.Array],
+    x0: jax.Array,
+    *,
+    steps: int = 100,
+    step_size: ArrayLike = 0.1,
+) -> LowerBound:
+    r"""Gradient ascent over inputs x and directions v on the gain $\|J(x) v\| / \|v\|$.
+
+    Ascent moves x along the normalized gradient, with steps that shrink linearly to zero, and v by
+    the power iteration $v \leftarrow J^\top J v$. Every gain met is one that the network attains
+    where it is differentiable, so the largest is a lower bound, up to rounding. Piecewise linear
+    networks have no slope in x to follow: there the spread of the starts searches, and steps of
+    random direction stand in for the gradient.
+
+    Args:
+      fn: network of one input, [d] -> [k].
+      x0: starts, float [starts, d]; all are searched at once.
+      steps: static, at least 1.
+      step_size: length of the first steps in x, in units of 1 + ||x0||.
+
+    Returns:
+      A `LowerBound`.
+
+    Raises:
+      ValueError: `x0` is not [starts, d], steps < 1, or a step size that is not positive.
+
+    >>> bound = lipschitz_lower_bound(lambda x: jnp.tanh(3 * x), jnp.array([[0.7]]))
+    >>> bool(2.9 < bound.lower <= 3.0)
+    True
+    """
+    starts = jnp.asarray(x0)
+    if starts.ndim != 2 or 0 in starts.shape:
+        raise ValueError(f"x0 must be [starts, d], got shape {starts.shape}")
+    if steps < 1:
+        raise ValueError(f"steps = {steps} must be at least 1")
+    check_positive("step_size", step_size)
+    dtype = jnp.promote_types(starts.dtype, jnp.float32)
+
+    def log_gain(x: jax.Array, v: jax.Array) -> jax.Array:
+        stretched = jax.jvp(fn, (x,), (v,))[1]
+        return jnp.log(jnp.maximum(jnp.sum(stretched**2), jnp.finfo(dtype).tiny)) / 2
+
+    def search(x: jax.Array, key: jax.Array) -> LowerBound:
+        reach = step_size * (1 + jnp.sqrt(jnp.sum(x**2)))
+        key, first = jax.random.split(key)
+        v = _unit(jax.random.normal(first, x.shape, dtype))
+
+        def climb(carry: tuple[Any, ...], k: jax.Array) -> tuple[tuple[Any, ...], None]:
+            x, v, best = carry
+            outward, pull = jax.vjp(fn, x)
+            del outward
+            (turned,) = pull(jax.jvp(fn, (x,), (v,))[1])
+            v = jnp.where(jnp.sum(turned**2) > 0, _unit(turned), v)
+            gain, slope = jax.value_and_grad(log_gain)(x, v)
+            better = jnp.isfinite(gain) & (gain > best[0])
+            best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (gain, x, v), best)
+            noise = jax.random.normal(jax.random.fold_in(key, k), x.shape, dtype)
+            flat = ~(jnp.sum(slope**2) > 0)
+            heading = _unit(jnp.where(flat, noise, slope))
+            return (x + reach * (1 - k / steps) * heading, v, best), None
+
+        nothing = (jnp.full((), -jnp.inf, dtype), x, v)
+        (_, _, best), _ = jax.lax.scan(climb, (x, v, nothing), jnp.arange(steps))
+        return LowerBound(jnp.exp(best[0]), best[1], best[2])
+
+    keys = jax.random.split(jax.random.key(0), starts.shape[0])
+    found = jax.vmap(search)(starts.astype(dtype), keys)
+    winner = jnp.argmax(found.lower)
+    return LowerBound(found.lower[winner], found.x[winner], found.direction[winner])
+
+
+def _unit(v: jax.Array) -> jax.Array:
+    length = jnp.sqrt(jnp.sum(v**2))
+    return v / jnp.where(length > 0, length, 1)

@@ -1,0 +1,1 @@
+"""What makes a step acceptable: the box, Armijo's condition, the guard."""

@@ -1,0 +1,26 @@
+r"""The box of admissible states."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Box(NamedTuple):
+    """The set lower <= x <= upper; either end may be infinite, a scalar, or shaped like x."""
+
+    lower: Any
+    upper: Any
+
+    def project(self, x: Any) -> Any:
+        """The nearest point of the box, leaf by leaf in the leaf's dtype."""
+        return jax.tree.map(
+            lambda leaf: jnp.clip(
+                leaf, jnp.asarray(self.lower, leaf.dtype), jnp.asarray(self.upper, leaf.dtype)
+            ),
+            x,
+        )
+
+    def blocks(self, x: jax.Array, direction: jax.Array) -> jax.Array:
+        """Where a bound holds and `direction` points out of it, bool like x."""
+        return ((x <= self.lower) & (direction < 0)) | ((x >= self.upper) & (direction > 0))

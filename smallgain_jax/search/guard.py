@@ -1,0 +1,62 @@
+"""What makes a step acceptable: the majorizer's guard, sufficient decrease, and the angle.
+
+All functions take pytrees shaped like the parameters and scalars; nothing here keeps state.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+
+def guard_scale(gradient: Any, update: Any, bend: jax.Array, target: ArrayLike) -> jax.Array:
+    r"""Factor $\min(1,\; 2c\,\langle -g, u\rangle / b)$ that makes an update descend.
+
+    With $b = \sum_r R_r u_r^2$ and $\operatorname{diag}(R)$ a majorizer of the Hessian on the
+    segment, the scaled update decreases the objective by at least $(1 - c)\,\langle -g, u\rangle$
+    times the factor, whatever optimizer it comes from. With $b = u^\top H u$, as measured by
+    `directional_curvature`, the same holds as far as the objective is quadratic along u. An ascent
+    direction is scaled to zero.
+
+    Args:
+      gradient, update: g and u, pytrees of the same shapes.
+      bend: b, scalar, non-negative.
+      target: c in (0, 1).
+
+    Returns:
+      A scalar in [0, 1]; 0 for a non-finite update.
+
+    >>> guard_scale(jnp.array([1.0]), jnp.array([-1.0]), jnp.array(4.0), 0.5).item()
+    0.25
+    """
+    descent = -optax.tree.vdot(gradient, update)
+    usable = jnp.isfinite(descent) & jnp.isfinite(bend) & (descent > 0)
+    bent = usable & (bend > 0)
+    ratio = 2 * target * jnp.where(bent, descent, 1) / jnp.where(bent, bend, 1)
+    return jnp.where(usable, jnp.where(bent, jnp.minimum(ratio, 1), 1), 0)
+
+
+def directional_curvature(fn: Callable[[Any], jax.Array], x: Any, direction: Any) -> jax.Array:
+    """Second derivative of `fn` along `direction` at x: two nested forward passes, no Hessian.
+
+    >>> directional_curvature(lambda x: jnp.sum(x**2), jnp.array([1.0, 2.0]), jnp.ones(2)).item()
+    4.0
+    """
+
+    def slope(at: Any) -> jax.Array:
+        return jax.jvp(fn, (at,), (direction,))[1]
+
+    return jax.jvp(slope, (x,), (direction,))[1]
+
+
+def cosine(a: Any, b: Any) -> jax.Array:
+    """Cosine of the angle between two pytrees, a scalar; 0 where either vanishes.
+
+    >>> round(cosine(jnp.array([3.0, 0.0]), jnp.array([3.0, 4.0])).item(), 6)
+    0.6
+    """
+    norms = optax.tree.norm(a) * optax.tree.norm(b)
+    return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), 0)

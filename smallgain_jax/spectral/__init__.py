@@ -1,0 +1,1 @@
+"""What is measured: bounds and estimates of spectra, of anything given by blocks or products."""

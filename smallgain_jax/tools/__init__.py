@@ -1,0 +1,1 @@
+"""What reads, runs, records and draws; nothing here is imported by the mathematics."""

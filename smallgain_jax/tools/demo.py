@@ -1,0 +1,306 @@
+"""The two published scenarios relaxed by the library and its peers, each at its best learning rate.
+
+Delta F90 counts updates until the *reference* energy F(x; 1) has made 90 % of the drop to the true
+minimum, the same threshold for every method. The original's own count stands beside it: there a
+method that lowers its weights lowers its own threshold too.
+"""
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from smallgain_jax import presets
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.relaxation import relax
+from smallgain_jax.limits.closed_forms import gradient_descent_limit, heavy_ball_limit
+from smallgain_jax.tools import plots, scenarios, telemetry
+from smallgain_jax.tools.io import PathLike, write_atomic
+from smallgain_jax.tools.scenarios import Scenario
+from smallgain_jax.tools.telemetry import Table
+from smallgain_jax.tools.validation import MOMENTUM, RATES, best_run, first, gaps, own_count
+from smallgain_jax.transform import auto_cap, gradnorm, small_gain
+
+NEAR = 1e-6
+"""Fraction of the drop that is left where a method counts as arrived."""
+
+_TABLE_NOTE = (
+    "delta_f90: updates until F(x; 1) has made 90 % of the drop to the true minimum.\n"
+    "delta_f90_own: as the original counts, to the method's own lowest F(x; w), from its first "
+    "update on.\n"
+    "gap: fraction of the drop left at the end. "
+    "learning_rate: the best of those tried for that method.\n"
+    'A "-" means never, or that the method has none.'
+)
+
+
+@dataclass(frozen=True, eq=False)
+class MethodResult:
+    """One method on one scenario, at its best learning rate.
+
+    Attributes:
+      method: its name.
+      learning_rate: the best of `validation.RATES`; NaN where the method has none.
+      energy: reference energy of every state, [steps + 1].
+      adapted: F(x; w) of every state at the weights in force there, [steps + 1].
+      x: the last state, [n].
+      weights: the last weights, [K].
+      backtracks: halvings (for optax's line searches, evaluations beyond the first) in all.
+    """
+
+    method: str
+    learning_rate: float
+    energy: np.ndarray
+    adapted: np.ndarray
+    x: np.ndarray
+    weights: np.ndarray
+    backtracks: int
+
+
+@dataclass(frozen=True, eq=False)
+class DemoResult:
+    """What `run` found, by the name of the scenario.
+
+    Attributes:
+      tables: a row a method, best first: by `delta_f90`, then by `gap`.
+      results: the methods in a fixed order, with their energies and last states.
+      minima: the true minima F*.
+    """
+
+    tables: dict[str, Table]
+    results: dict[str, tuple[MethodResult, ...]]
+    minima: dict[str, float]
+
+    def __str__(self) -> str:
+        parts = [f"{name}\n{table}" for name, table in self.tables.items()]
+        return "\n\n".join([*parts, _TABLE_NOTE])
+
+    def _repr_html_(self) -> str:
+        parts = (f"<h4>{name}</h4>{table._repr_html_()}" for name, table in self.tables.items())
+        return "".join(parts) + f"<p>{_TABLE_NOTE}</p>"
+
+    def figure(self) -> Any:
+        """Reference energy gaps of all methods, both scenarios side by side: a matplotlib Figure.
+
+        Raises:
+          ImportError: matplotlib is missing.
+        """
+        figure = plots.new_figure(6.0 * len(self.results), 5.6)
+        panels = figure.subplots(1, len(self.results), sharey=True, squeeze=False)[0]
+        for axes, (name, results) in zip(panels, self.results.items(), strict=True):
+            plots.energy({r.method: r.energy for r in results}, self.minima[name], axes)
+            axes.set_title(
+                f"{name}: {results[0].x.size} nodes, {results[0].weights.size} couplings"
+            )
+            axes.get_legend().remove()
+        for axes in panels[1:]:
+            axes.set_ylabel("")
+        handles, labels = panels[0].get_legend_handles_labels()
+        # dashes and markers have to fit into the samples of the legend
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, handlelength=4)
+        return figure
+
+    def save(self, directory: PathLike) -> list[Path]:
+        """Write a CSV table a scenario and the figure; make the directory where it is missing.
+
+        Args:
+          directory: where to write `<scenario>.csv` and `energy.png`.
+
+        Returns:
+          The files written.
+
+        Raises:
+          ImportError: matplotlib is missing; the tables are written before.
+        """
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for name, table in self.tables.items():
+            paths.append(folder / f"{name}.csv")
+            table.write(paths[-1])
+        figure = self.figure()
+        paths.append(folder / "energy.png")
+        write_atomic(paths[-1], lambda temporary: figure.savefig(temporary, dpi=150))
+        return paths
+
+
+def run(steps: int = 60) -> DemoResult:
+    """Relax both published scenarios by every method, in double precision.
+
+    A line of progress for every method goes to standard error.
+
+    Args:
+      steps: updates of each method.
+
+    Returns:
+      Tables, energies and last states.
+
+    Raises:
+      ValueError: `steps` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps = {steps} must be at least 1")
+    with jax.enable_x64(True):
+        problems = (scenarios.baseline(), scenarios.dense())
+    jobs = [(problem, entry, steps) for problem in problems for entry in _ENTRIES]
+    # nearly all of the time is compilation, which lets go of the interpreter
+    with ThreadPoolExecutor(2) as pool:
+        competed = list(pool.map(_compete, *zip(*jobs, strict=True)))
+    tables, results, minima = {}, {}, {}
+    for k, problem in enumerate(problems):
+        part = competed[k * len(_ENTRIES) : (k + 1) * len(_ENTRIES)]
+        name, minima[problem.name] = problem.name, _minimum(problem)
+        results[name] = tuple(itertools.chain.from_iterable(part))
+        tables[name] = _table(results[name], minima[name])
+    return DemoResult(tables, results, minima)
+
+
+class _Entry(NamedTuple):
+    """Methods that one compiled program serves: they differ in numbers only."""
+
+    methods: tuple[str, ...]
+    # (scenario) -> numbers [methods, candidates, ...], the learning rate first; NaN where none
+    settings: Callable[[Scenario], np.ndarray]
+    # (graph, *numbers) -> the optimizer
+    optimizer: Callable[..., optax.GradientTransformation | None]
+
+
+def _rates(scenario: Scenario) -> np.ndarray:
+    return RATES[None, :, None]
+
+
+def _capped_rates(scenario: Scenario) -> np.ndarray:
+    bound = float(jax.jit(lambda x: scenario.graph.curvature(x).lipschitz)(scenario.x0))
+    return np.stack([RATES, np.minimum(RATES, 1 / bound)])[:, :, None]
+
+
+def _no_rate(scenario: Scenario) -> np.ndarray:
+    return np.full((1, 1, 1), np.nan)
+
+
+def _line_search(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
+    search = optax.scale_by_backtracking_linesearch(30, max_learning_rate=rate)
+    return optax.chain(optax.sgd(1.0), search)
+
+
+def _auto_cap(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
+    return auto_cap(optax.sgd(rate), graph, limit=gradient_descent_limit(rate))
+
+
+def _seeds(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
+    # a traced rate cannot be measured
+    limit = gradient_descent_limit(rate)
+    return small_gain(optax.sgd(rate), graph, limit=limit, **presets.default())
+
+
+def _small_gain(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
+    return small_gain(optax.sgd(rate, MOMENTUM), graph, limit=heavy_ball_limit(rate, MOMENTUM))
+
+
+_ENTRIES = (
+    _Entry(("fixed step", "capped step"), _capped_rates, lambda graph, rate: optax.sgd(rate)),
+    _Entry(("line search",), _rates, _line_search),
+    _Entry(("GradNorm",), _rates, lambda graph, rate: gradnorm(optax.sgd(rate), graph)),
+    _Entry(("auto-cap",), _rates, _auto_cap),
+    _Entry(("small_gain (seeds)",), _rates, _seeds),
+    _Entry((f"small_gain, momentum {MOMENTUM}",), _rates, _small_gain),
+    _Entry(("L-BFGS",), _no_rate, lambda graph, rate: optax.lbfgs()),
+    _Entry(("default",), _no_rate, lambda graph, rate: None),
+)
+
+
+def _record(state: Any) -> dict[str, jax.Array]:
+    found = telemetry.record(state)
+    if isinstance(found, telemetry.WeightsRecord):
+        info = found.info
+        return {"adapted": info.energy_adapted, "backtracks": info.last_step_backtracks}
+    if isinstance(found, telemetry.SearchRecord):
+        return {"backtracks": found.backtracks}
+    return {} if found is None else {"backtracks": found.last_step_backtracks}
+
+
+def _compete(scenario: Scenario, entry: _Entry, steps: int) -> list[MethodResult]:
+    """Every setting of an entry in one program, and of each method the best."""
+    started = time.perf_counter()
+    # the precision is a setting of this thread
+    with jax.enable_x64(True):
+        settings = entry.settings(scenario)
+        flat = jnp.asarray(settings.reshape(-1, settings.shape[2]))
+        every = jax.vmap(lambda numbers: _relaxed(scenario, entry, steps, numbers))
+        found = jax.jit(every).lower(flat).compile(_compiler_options())(flat)
+    found = {
+        name: np.asarray(a).reshape(*settings.shape[:2], *a.shape[1:]) for name, a in found.items()
+    }
+    results = []
+    for m, method in enumerate(entry.methods):
+        best = best_run(found["energy"][m], _minimum(scenario))
+        mine = {name: values[m, best] for name, values in found.items()}
+        backtracks = int(mine.pop("backtracks"))
+        rate = float(settings[m, best, 0])
+        results.append(MethodResult(method, rate, backtracks=backtracks, **mine))
+    seconds = time.perf_counter() - started
+    line = f"smallgain: {scenario.name}: {', '.join(entry.methods)}: {seconds:.1f} s\n"
+    sys.stderr.write(line)
+    sys.stderr.flush()
+    return results
+
+
+def _relaxed(
+    scenario: Scenario, entry: _Entry, steps: int, numbers: jax.Array
+) -> dict[str, jax.Array]:
+    """What `MethodResult` keeps of one relaxation, traced."""
+    graph = scenario.graph
+    result = relax(graph, scenario.x0, entry.optimizer(graph, *numbers), steps, record=_record)
+    history = result.info.history
+    weights, adapted = jnp.ones(graph.num_edges, result.x.dtype), result.energy
+    found = telemetry.record(result.state)
+    if isinstance(found, telemetry.WeightsRecord):
+        weights = found.weights
+        adapted = jnp.append(history["adapted"], graph.energy(result.x, weights))
+    return {
+        "energy": result.energy,
+        "adapted": adapted,
+        "x": result.x,
+        "weights": weights,
+        "backtracks": jnp.sum(history.get("backtracks", jnp.zeros(1, int))),
+    }
+
+
+def _compiler_options() -> dict[str, Any] | None:
+    # these programs run for milliseconds: optimizing their code costs more than it saves
+    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
+def _minimum(scenario: Scenario) -> float:
+    assert scenario.minimum is not None, "the published scenarios have a known minimum"
+    return scenario.minimum
+
+
+def _table(results: tuple[MethodResult, ...], minimum: float) -> Table:
+    rows = []
+    for result in results:
+        gap = gaps(result.energy, minimum)
+        row: Mapping[str, Any] = {
+            "method": result.method,
+            "learning_rate": result.learning_rate,
+            "delta_f90": first(gap <= 0.1),
+            "delta_f90_own": own_count(result.adapted),
+            "steps_to_1e-6": first(gap <= NEAR),
+            "final_reference": result.energy[-1],
+            "final_adapted": result.adapted[-1],
+            "gap": gap[-1],
+            "backtracks": result.backtracks,
+        }
+        rows.append(row)
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    order = np.lexsort((columns["gap"], columns["delta_f90"]))
+    return Table({name: values[order] for name, values in columns.items()})
