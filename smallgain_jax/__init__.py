@@ -69,6 +69,8 @@ from smallgain_jax.transform import TrainingInfo as TrainingInfo
 from smallgain_jax.transform import TrainingState as TrainingState
 from smallgain_jax.transform import auto_cap as auto_cap
 from smallgain_jax.transform import gradnorm as gradnorm
+from smallgain_jax.transform import graph_small_gain as graph_small_gain
+from smallgain_jax.transform import loss_small_gain as loss_small_gain
 from smallgain_jax.transform import small_gain as small_gain
 
 if TYPE_CHECKING:
@@ -147,6 +149,7 @@ __all__ = [
     "from_scipy",
     "gradient_descent_limit",
     "gradnorm",
+    "graph_small_gain",
     "heavy_ball_limit",
     "hessian_row_sums",
     "interaction_ratio",
@@ -155,6 +158,7 @@ __all__ = [
     "lipschitz_certificate",
     "lipschitz_lower_bound",
     "live",
+    "loss_small_gain",
     "majorized_descent",
     "measured_limit",
     "nesterov_limit",

@@ -97,3 +97,15 @@ def check_positive(name: str, value: Any) -> None:
     """Raise unless a concrete scalar is finite and above zero."""
     if is_concrete(value) and not (np.isfinite(float(value)) and float(value) > 0):
         raise ValueError(f"{name} = {value} must be positive and finite")
+
+
+def check_optimizer(name: str, value: Any) -> None:
+    """Raise unless `value` has `init` and `update`, as an optax optimizer has."""
+    if hasattr(value, "init") and hasattr(value, "update"):
+        return
+    if callable(value):
+        what = getattr(value, "__name__", type(value).__name__)
+        raise TypeError(
+            f"{name} is the function {what}, not an optimizer: call it, as in {what}(...)"
+        )
+    raise TypeError(f"{name} must be an optax optimizer, got {type(value).__name__}")

@@ -1,7 +1,9 @@
 """What every transformation does with pytrees: choose, measure, test for finiteness."""
 
+from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 
@@ -47,3 +49,72 @@ def norm(tree: Any, dtype: Any) -> jax.Array:
 def zero_count() -> jax.Array:
     """A counter at 0, in a buffer of its own: a state is donated field by field."""
     return jnp.zeros((), jnp.int32)
+
+
+def safe_norm(tree: Any, dtype: Any) -> jax.Array:
+    """Euclidean norm of a pytree, relative to its largest entry: no square leaves the range."""
+    leaves = [jnp.abs(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
+    tops = [jnp.max(leaf, initial=0.0) for leaf in leaves]
+    top = jnp.max(jnp.stack(tops)) if tops else jnp.zeros((), dtype)
+    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    return scale * jnp.sqrt(sum((jnp.sum((leaf / scale) ** 2) for leaf in leaves), 0 * top))
+
+
+def placed_like(array: jax.Array, leaf: Any) -> jax.Array:
+    """`array` sharded as `leaf` is, where meshes have explicit axes; else as it is."""
+    sharding = getattr(jax.typeof(leaf), "sharding", None) if hasattr(leaf, "dtype") else None
+    if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
+def when(
+    condition: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any
+) -> Any:
+    """`lax.cond` that stays a branch under `vmap`: taken by all as soon as one member asks.
+
+    A plain `cond` with a batched condition becomes a select, which computes the dear branch at
+    every update of every member. `yes` and `no` are functions of the operands alone.
+    """
+    # what the functions close over may be batched too: it has to come in as data
+    branches = tuple(eqx.filter_closure_convert(fn, *operands) for fn in (yes, no))
+    data, static = eqx.partition((branches, operands), eqx.is_array)
+    data = jax.lax.stop_gradient(data)
+
+    def branch(index: int) -> Callable[..., Any]:
+        def fn(data: Any) -> Any:
+            branches, operands = eqx.combine(data, static)
+            return branches[index](*operands)
+
+        return fn
+
+    return _branch(branch(0), branch(1), condition, data)
+
+
+def _branch(yes: Callable[..., Any], no: Callable[..., Any], condition: Any, data: Any) -> Any:
+    @jax.custom_batching.custom_vmap
+    def choose(condition: jax.Array, data: Any) -> Any:
+        return jax.lax.cond(condition, yes, no, data)
+
+    @choose.def_vmap
+    def rule(size: int, batched: Any, condition: jax.Array, data: Any) -> Any:
+        condition_batched, data_batched = batched
+        axes = jax.tree.map(lambda on: 0 if on else None, data_batched)
+
+        def over(fn: Callable[..., Any]) -> Callable[..., Any]:
+            return jax.vmap(fn, in_axes=(axes,), axis_size=size)
+
+        if condition_batched:
+
+            def some(pair: Any) -> Any:
+                condition, data = pair
+                return jax.vmap(select)(condition, over(yes)(data), over(no)(data))
+
+            out = _branch(
+                some, lambda pair: over(no)(pair[1]), jnp.any(condition), (condition, data)
+            )
+        else:
+            out = _branch(over(yes), over(no), condition, data)
+        return out, jax.tree.map(lambda _: True, out)
+
+    return choose(condition, data)

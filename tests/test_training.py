@@ -44,7 +44,7 @@ def train(optimizer, fn, x, steps, keys=()):
 @pytest.mark.parametrize("curvature", ["hessian", "difference"])
 def test_prices_are_curvatures(curvature):
     optimizer = sg.small_gain(
-        optax.sgd(1e-3), quadratics, every=1, floor=1, ceiling=1, curvature=curvature
+        optax.sgd(1e-3), quadratics, every=1, floor=1, ceiling=1, curvature=curvature, policy="fair"
     )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 60)
     top = [np.linalg.eigvalsh(matrix)[-1] for matrix in (A, B, A + B)]
@@ -57,7 +57,9 @@ def test_prices_are_curvatures(curvature):
 
 @pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
 def test_fair_shares_follow_priorities_at_the_reference_cost(priorities):
-    optimizer = sg.small_gain(optax.sgd(1e-4), quadratics, every=1, priorities=priorities)
+    optimizer = sg.small_gain(
+        optax.sgd(1e-4), quadratics, every=1, priorities=priorities, policy="fair"
+    )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
     wanted = np.array([1.0, 1.0] if priorities is None else priorities)
     np.testing.assert_allclose(state.info.share, wanted / wanted.sum(), rtol=1e-3)
@@ -194,33 +196,38 @@ def test_no_rate_diverges_under_the_guard(times, momentum):
     top = np.linalg.eigvalsh(A + B)[-1]
     rate = times * 2 * (1 + (momentum or 0)) / top
     start = jnp.array([2.0, -3.0])
-    optimizer = sg.small_gain(optax.sgd(rate, momentum), quadratics, floor=1, ceiling=1)
+    optimizer = sg.small_gain(
+        optax.sgd(rate, momentum), quadratics, floor=1, ceiling=1, policy="fair"
+    )
     x, _, _ = train(optimizer, quadratics, start, 1000)
     assert total(quadratics)(x) < total(quadratics)(start)
 
 
 @pytest.mark.once
-def test_outliers_among_the_batches_are_measured_seldom():
-    """An alarm costs twenty products with a Hessian: noise may not raise one every other time."""
+def test_outliers_among_the_batches_raise_no_alarm():
+    """Losses of batches that differ by orders of magnitude: only a second batch can confirm."""
     optimizer = sg.small_gain(
-        optax.sgd(1e-3), sg.terms(lambda x, size: {"a": size * jnp.sum(x**2)}, names=("a",))
+        optax.sgd(1e-5), sg.terms(lambda x, size: {"a": size * jnp.sum(x**2)}, names=("a",))
     )
-    x = jnp.ones(2)
+    sizes = jnp.asarray(10.0 ** np.random.default_rng(0).normal(0, 1, 2000), jnp.float32)
 
-    def step(state, size):
-        _, new = optimizer.update(2 * size * x, state, x, term_args=(size,))
-        return new, (new.peak > state.peak, new.recovering)
+    def step(carry, size):
+        x, state = carry
+        updates, state = optimizer.update(2 * size * x, state, x, term_args=(size,))
+        return (optax.apply_updates(x, updates), state), None
 
-    sizes = 10.0 ** np.random.default_rng(0).normal(0, 1, 2000)
-    _, (alarmed, away) = jax.lax.scan(step, optimizer.init(x), jnp.asarray(sizes, x.dtype))
-    assert np.sum(away) > 200
-    assert 0 < np.sum(alarmed) <= 2000 / 69 + np.log2(sizes.max() / sizes.min())
+    start = (jnp.ones(2), optimizer.init(jnp.ones(2)))
+    (x, state), _ = jax.jit(lambda c: jax.lax.scan(step, c, sizes))(start)
+    assert state.info.rewinds == 0
+    assert jnp.all(x < 1)
 
 
 @pytest.mark.once
 def test_a_guard_below_the_limit_converges_at_any_rate():
     top = np.linalg.eigvalsh(A + B)[-1]
-    optimizer = sg.small_gain(optax.sgd(20 / top), quadratics, floor=1, ceiling=1, guard=0.9)
+    optimizer = sg.small_gain(
+        optax.sgd(20 / top), quadratics, floor=1, ceiling=1, guard=0.9, policy="fair"
+    )
     x, _, _ = train(optimizer, quadratics, jnp.array([2.0, -3.0]), 1000)
     np.testing.assert_allclose(x, np.linalg.solve(A + B, B @ [1.0, -1.0]), atol=1e-3)
 
@@ -231,7 +238,14 @@ def test_curvature_of_blocks_and_row_gains():
 
     params = {"u": jnp.ones(2), "v": jnp.ones(3)}
     optimizer = sg.small_gain(
-        optax.sgd(0.01), fn, every=1, blocks="leaves", row_gains=True, floor=1, ceiling=1
+        optax.sgd(0.01),
+        fn,
+        every=1,
+        blocks="leaves",
+        row_gains=True,
+        floor=1,
+        ceiling=1,
+        policy="fair",
     )
     _, state, _ = train(optimizer, fn, params, 20)
     np.testing.assert_allclose(state.info.cost, [[4, 0], [0, 40]], rtol=1e-3)
@@ -268,6 +282,7 @@ def test_differences_of_gradients_are_hessian_products(given):
         )
         return {"fit": jnp.mean(error**2), "size": jnp.sum(p[0] ** 4), "flat": jnp.sum(p[1])}
 
+    from smallgain_jax.losses.losses import Batch
     from smallgain_jax.losses.sharpness import PRODUCTS
     from smallgain_jax.spectral.power import random_vector
 
@@ -283,7 +298,7 @@ def test_differences_of_gradients_are_hessian_products(given):
             gradient = jax.tree.map(lambda g: jnp.tensordot(mix, g, 1), grads)
         return [
             jax.flatten_util.ravel_pytree(
-                PRODUCTS[name](losses, mix, params, (), gradient)(vector)
+                PRODUCTS[name](losses, mix, params, Batch(), gradient)(vector)
             )[0]
             for name in ("difference", "hessian")
         ]
@@ -315,28 +330,6 @@ def test_given_term_gradients_change_nothing():
 
 
 @pytest.mark.once
-def test_the_guard_watches_whatever_loss_it_is_given():
-    losses = sg.terms(quadratics)
-    top = np.linalg.eigvalsh(A + B)[-1]
-    # beyond the limit, but below twice: only a guard that cannot watch the loss engages
-    optimizer = sg.small_gain(optax.sgd(3 / top), losses, every=1, floor=1, ceiling=1)
-    x = jnp.array([2.0, 1.0])
-
-    @jax.jit
-    def guards(state):
-        values, grads = losses.value_and_term_grads(x)
-        given = {"term_grads": grads}
-        told = ({}, {"value": values.sum()}, {"term_values": values})
-        states = [optimizer.update(grads.sum(0), state, x, **given, **more)[1] for more in told]
-        poisoned = optimizer.update(grads.sum(0), state, x, **given, value=jnp.nan)[1]
-        return jnp.stack([s.info.guard for s in states]), poisoned.info.accepted
-
-    found, accepted = guards(optimizer.init(x))
-    np.testing.assert_allclose(found, [0.9 * 2 / 3, 1, 1], rtol=0.02)
-    assert not accepted
-
-
-@pytest.mark.once
 def test_anneal_returns_to_the_reference():
     # optax's linear schedule may end a rounding away from 0
     optimizer = sg.small_gain(
@@ -344,6 +337,7 @@ def test_anneal_returns_to_the_reference():
         quadratics,
         every=1,
         anneal=lambda count: jnp.where(count < 200, 1 - count / 200, 0.0),
+        policy="fair",
     )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
     np.testing.assert_array_equal(state.weights, 1)
@@ -359,7 +353,7 @@ def test_aggregators_see_each_reweighted_gradient():
             state,
         ),
     )
-    optimizer = sg.small_gain(mean, quadratics, every=1)
+    optimizer = sg.small_gain(mean, quadratics, every=1, policy="fair")
     x = jnp.array([2.0, 1.0])
     updates, state = jax.jit(optimizer.update)(x, optimizer.init(x), x)
     _, grads = sg.terms(quadratics).value_and_term_grads(x)
@@ -376,7 +370,7 @@ def test_any_pytree_of_parameters():
         return {"fit": jnp.mean((y - 1) ** 2), "size": 1e-3 * jnp.mean(y**4)}
 
     losses = sg.terms(fn, names=("fit", "size"))
-    optimizer = sg.small_gain(optax.adam(1e-2), losses, every=5, warmup=5)
+    optimizer = sg.small_gain(optax.adam(1e-2), losses, every=5, warmup=5, policy="fair")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(16, 2)), jnp.float32)
 
     def step(carry, _):
@@ -398,7 +392,7 @@ def test_what_is_not_finite_is_skipped(poison):
         return {"a": jnp.sum(x**2), "b": jnp.sum(x**4) + (bad if poison == "loss" else 0)}
 
     losses = sg.terms(fn, names=("a", "b"))
-    optimizer = sg.small_gain(optax.sgd(0.01, 0.9), losses, every=1)
+    optimizer = sg.small_gain(optax.sgd(0.01, 0.9), losses, every=1, policy="fair")
     x = jnp.ones(2)
     update = jax.jit(optimizer.update)
     state = optimizer.init(x)
@@ -408,7 +402,7 @@ def test_what_is_not_finite_is_skipped(poison):
     np.testing.assert_array_equal(updates, 0)
     assert after.info.skipped == 1
     assert not after.info.accepted
-    for name in ("weights", "log_weights", "scores", "vectors", "base_state", "level"):
+    for name in ("count", "weights", "log_weights", "scores", "vectors", "base_state"):
         for a, b in zip(
             jax.tree.leaves(getattr(after, name)),
             jax.tree.leaves(getattr(state, name)),
@@ -420,7 +414,7 @@ def test_what_is_not_finite_is_skipped(poison):
 @pytest.mark.parametrize("base", [optax.sgd(1e-3, momentum=0.9), optax.adam(1e-2)])
 def test_weighted_gradients_give_the_run_that_plain_ones_give_one_update_late(base, eps):
     losses = sg.terms(quadratics)
-    optimizer = sg.small_gain(base, losses, every=1, warmup=3)
+    optimizer = sg.small_gain(base, losses, every=1, warmup=3, policy="fair")
     direct = optax.with_extra_args_support(base)
 
     def step(carry, _):
@@ -444,7 +438,7 @@ def test_weighted_gradients_give_the_run_that_plain_ones_give_one_update_late(ba
 
 
 def test_a_weighted_loss_that_is_not_finite_is_skipped():
-    optimizer = sg.small_gain(optax.sgd(0.01), quadratics)
+    optimizer = sg.small_gain(optax.sgd(0.01), quadratics, policy="fair")
     x = jnp.ones(2)
     for values in ({"term_values": jnp.array([1.0, jnp.nan])}, {"value": jnp.asarray(jnp.inf)}):
         updates, state = optimizer.update(x, optimizer.init(x), x, weighted=True, **values)
@@ -456,7 +450,9 @@ def test_a_term_without_gradient_keeps_its_weight():
     def fn(x):
         return {"a": jnp.sum(x**2), "constant": jnp.ones((), x.dtype)}
 
-    _, state, _ = train(sg.small_gain(optax.sgd(0.01), fn, every=1), fn, jnp.ones(2), 30)
+    _, state, _ = train(
+        sg.small_gain(optax.sgd(0.01), fn, every=1, policy="fair"), fn, jnp.ones(2), 30
+    )
     assert state.weights[1] == 1
     assert np.all(np.isfinite(state.weights))
 
@@ -475,7 +471,7 @@ def test_a_term_without_gradient_keeps_its_weight():
 )
 def test_bad_losses_are_named(fn, error, message):
     with pytest.raises(error, match=message):
-        sg.small_gain(optax.sgd(0.1), fn).init(jnp.ones(2))
+        sg.small_gain(optax.sgd(0.1), fn, policy="fair").init(jnp.ones(2))
 
 
 @pytest.mark.once
@@ -484,7 +480,9 @@ def test_bad_losses_are_named(fn, error, message):
     [
         ({"policy": "other"}, "policy"),
         ({"value": "peek"}, "value"),
-        ({"objective": "reference"}, "objective"),
+        ({"guard": -1.0}, "guard"),
+        ({"limit": -1.0}, "limit"),
+        ({"max_gain": 0.0}, "max_gain"),
         ({"guard": "measured"}, "guard"),
         ({"curvature": "other"}, "curvature"),
         ({"every": 0}, "every"),
@@ -501,7 +499,7 @@ def test_bad_settings_are_named(settings, message):
 
 @pytest.mark.once
 def test_bad_calls_are_named():
-    optimizer = sg.small_gain(optax.sgd(0.1), quadratics)
+    optimizer = sg.small_gain(optax.sgd(0.1), quadratics, policy="fair")
     x = jnp.ones(2)
     state = optimizer.init(x)
     with pytest.raises(ValueError, match="params must be given"):
@@ -521,7 +519,7 @@ def test_bad_calls_are_named():
         sg.terms(quadratics).value_and_weighted_grad(jnp.ones(3), x)
     with pytest.raises(TypeError, match="params is complex"):
         optimizer.init(jnp.ones(2, jnp.complex64))
-    coarse = sg.small_gain(optax.sgd(0.1), quadratics, curvature="difference")
+    coarse = sg.small_gain(optax.sgd(0.1), quadratics, curvature="difference", policy="fair")
     half = jnp.ones(2, jnp.bfloat16)
     with pytest.raises(TypeError, match="params is bfloat16"):
         coarse.update(half, coarse.init(half), half)
@@ -533,13 +531,13 @@ def test_bad_calls_are_named():
 
 @pytest.mark.once
 def test_weights_survive_a_restart_and_a_switch_of_optimizer(tmp_path):
-    first = sg.small_gain(optax.sgd(1e-3), quadratics, every=1)
+    first = sg.small_gain(optax.sgd(1e-3), quadratics, every=1, policy="fair")
     x, state, _ = train(first, quadratics, jnp.ones(2), 20)
     eqx.tree_serialise_leaves(tmp_path / "state.eqx", state)
     loaded = eqx.tree_deserialise_leaves(tmp_path / "state.eqx", first.init(x))
     for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
-    second = sg.small_gain(optax.adam(1e-3), quadratics, every=1)
+    second = sg.small_gain(optax.adam(1e-3), quadratics, every=1, policy="fair")
     moved = second.init(x)._replace(weights=loaded.weights, log_weights=loaded.log_weights)
     updates, moved = jax.jit(second.update)(jnp.ones(2), moved, x)
     np.testing.assert_array_equal(moved.weights, state.weights)

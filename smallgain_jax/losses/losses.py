@@ -1,7 +1,8 @@
 """The losses of a model as terms: named scalars of any pytree of parameters."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,27 +12,53 @@ UNROLLED = 8
 """Terms up to which each has a backward pass of its own."""
 
 
+class Batch(NamedTuple):
+    """What the losses take besides the parameters."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, given: Any, name: str = "term_args") -> "Batch":
+        """From a tuple of positional arguments, or a dict of named ones."""
+        if isinstance(given, Batch):
+            return given
+        if isinstance(given, Mapping):
+            return cls((), dict(given))
+        if isinstance(given, tuple | list):
+            return cls(tuple(given), {})
+        raise TypeError(
+            f"{name} must be a tuple, or a dict of named arguments: what the losses take besides "
+            f"params; got {type(given).__name__}"
+        )
+
+
 class Losses(eqx.Module):
     """The K losses of a model; made by `terms`."""
 
     fn: Callable[..., Any] = eqx.field(static=True)
     names: tuple[str, ...] | None = eqx.field(static=True)
     outputs: Callable[..., Any] | None = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True, default=False)
 
-    def values(self, params: Any, *args: Any) -> jax.Array:
+    def values(self, params: Any, *args: Any, **kwargs: Any) -> jax.Array:
         """Losses [K], in the order of `names`."""
-        return jnp.stack(self.parts(params, *args))
+        return jnp.stack(self.parts(params, *args, **kwargs))
 
-    def parts(self, params: Any, *args: Any) -> list[jax.Array]:
+    def values_and_aux(self, params: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
+        """Losses [K], and what `fn` returns beside them; None without `has_aux`."""
+        _, parts, aux = self._named(self.fn(self._at(params, args, kwargs), *args, **kwargs))
+        return jnp.stack(parts), aux
+
+    def parts(self, params: Any, *args: Any, **kwargs: Any) -> list[jax.Array]:
         """Losses one by one: what is differentiated alone must not pass through a common array."""
-        at = params if self.outputs is None else self.outputs(params, *args)
-        return self.parts_of_outputs(at, *args)
+        return self.parts_of_outputs(self._at(params, args, kwargs), *args, **kwargs)
 
-    def parts_of_outputs(self, outputs: Any, *args: Any) -> list[jax.Array]:
+    def parts_of_outputs(self, outputs: Any, *args: Any, **kwargs: Any) -> list[jax.Array]:
         """Losses from the model's outputs, for terms made with `outputs`."""
-        return self._named(self.fn(outputs, *args))[1]
+        return self._named(self.fn(outputs, *args, **kwargs))[1]
 
-    def value_and_term_grads(self, params: Any, *args: Any) -> tuple[jax.Array, Any]:
+    def value_and_term_grads(self, params: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """Losses [K] and their gradients: one forward pass, one backward pass through each term.
 
         Up to eight terms are differentiated one by one, so that each passes only through what it
@@ -41,7 +68,7 @@ class Losses(eqx.Module):
 
         Args:
           params: pytree of floating arrays.
-          *args: whatever else the losses take.
+          *args, **kwargs: whatever else the losses take.
 
         Returns:
           `(values [K], grads)`, `grads` shaped like `params` with a leading axis K on each leaf.
@@ -55,31 +82,32 @@ class Losses(eqx.Module):
         ([4.0, 6.0], [4.0, 3.0])
         """
         check_params(params)
-        num_terms = len(self.names_at(params, *args))
+        num_terms = len(self.names_at(params, *args, **kwargs))
         if num_terms <= UNROLLED:
             alone = [
-                jax.value_and_grad(lambda p, k=k: self.parts(p, *args)[k])(params)
+                jax.value_and_grad(lambda p, k=k: self.parts(p, *args, **kwargs)[k])(params)
                 for k in range(num_terms)
             ]
             stacked: tuple[jax.Array, Any] = jax.tree.map(lambda *parts: jnp.stack(parts), *alone)
             return stacked
-        return self.batched_value_and_term_grads(params, *args)
+        return self.batched_value_and_term_grads(params, *args, **kwargs)
 
     def value_and_weighted_grad(
-        self, weights: jax.Array, params: Any, *args: Any
-    ) -> tuple[jax.Array, Any]:
+        self, weights: jax.Array, params: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         r"""Losses [K] and the gradient of $\sum_k w_k e_k$: one forward and one backward pass.
 
         With `weights` from the state of `small_gain`, and `weighted=True` for its `update`, a step
-        costs no pass more than that of the plain sum.
+        costs no pass more than that of the plain sum. `train_step` does so.
 
         Args:
           weights: w [K], as in `TrainingState.weights`.
           params: pytree of floating arrays.
-          *args: whatever else the losses take.
+          *args, **kwargs: whatever else the losses take.
 
         Returns:
-          `(values [K], gradient)`, `gradient` shaped like `params`.
+          `(values [K], gradient)`, `gradient` shaped like `params`; for terms made with `has_aux`
+          `((values, aux), gradient)`, as `jax.value_and_grad` has it.
 
         Raises:
           TypeError: a leaf of `params` is not floating.
@@ -93,51 +121,81 @@ class Losses(eqx.Module):
         check_params(params)
         weights = jnp.asarray(weights)
 
-        def total(p: Any) -> tuple[jax.Array, jax.Array]:
-            values = self.values(p, *args)
+        def total(p: Any) -> tuple[jax.Array, Any]:
+            values, aux = self.values_and_aux(p, *args, **kwargs)
             if weights.shape != values.shape:
                 raise ValueError(
                     f"weights has shape {weights.shape}, expected {values.shape}: one per loss"
                 )
-            return jnp.vdot(weights.astype(values.dtype), values), values
+            return jnp.vdot(weights.astype(values.dtype), values), (values, aux)
 
-        gradient, values = jax.grad(total, has_aux=True)(params)
-        return values, gradient
+        gradient, (values, aux) = jax.grad(total, has_aux=True)(params)
+        return ((values, aux) if self.has_aux else values), gradient
 
-    def batched_value_and_term_grads(self, params: Any, *args: Any) -> tuple[jax.Array, Any]:
+    def batched_value_and_term_grads(
+        self, params: Any, *args: Any, **kwargs: Any
+    ) -> tuple[jax.Array, Any]:
         """The same by one batched vector-Jacobian product: the cheaper one to differentiate."""
         values: jax.Array
         pull: Any
-        values, pull = jax.vjp(lambda p: self.values(p, *args), params)
+        values, pull = jax.vjp(lambda p: self.values(p, *args, **kwargs), params)
         (grads,) = jax.vmap(pull)(jnp.eye(values.shape[0], dtype=values.dtype))
         return values, grads
 
-    def names_at(self, params: Any, *args: Any) -> tuple[str, ...]:
+    def lacks(self, batch: Batch) -> str | None:
+        """The name of an argument that the function needs and `batch` has not; None for none."""
+        for fn in (self.fn, self.outputs):
+            if fn is None:
+                continue
+            try:
+                signature = inspect.signature(fn)
+            except (TypeError, ValueError):
+                continue  # a builtin or a C function: calling it will tell
+            given = signature.bind_partial
+            try:
+                bound = given(None, *batch.args, **batch.kwargs)
+            except TypeError:
+                continue  # too many, or of another name: calling it will tell
+            for name, parameter in signature.parameters.items():
+                required = parameter.default is parameter.empty and parameter.kind not in (
+                    parameter.VAR_POSITIONAL,
+                    parameter.VAR_KEYWORD,
+                )
+                if required and name not in bound.arguments:
+                    return name
+        return None
+
+    def names_at(self, params: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """Names of the terms, from the names given or by tracing the function once."""
         if self.names is not None:
             return self.names
+        missing = self.lacks(Batch(args, kwargs))
+        if missing is not None:
+            raise TypeError(
+                "names must be given, as in terms(fn, names=('residual', 'boundary')): fn takes "
+                f"{missing!r} besides the parameters, so its terms cannot be counted beforehand"
+            )
         found: list[tuple[str, ...]] = []
 
         def trace(p: Any) -> list[jax.Array]:
-            at = p if self.outputs is None else self.outputs(p, *args)
-            names, parts = self._named(self.fn(at, *args))
+            names, parts, _ = self._named(self.fn(self._at(p, args, kwargs), *args, **kwargs))
             found.append(names)
             return parts
 
-        try:
-            jax.eval_shape(trace, params)
-        except TypeError as error:
-            if args or found:
-                raise
-            raise TypeError(
-                "names must be given, as in terms(fn, names=('residual', 'boundary')): fn takes "
-                f"more than the parameters, so its terms cannot be counted beforehand ({error})"
-            ) from error
+        jax.eval_shape(trace, params)
         return found[0]
 
-    def _named(self, result: Any) -> tuple[tuple[str, ...], list[jax.Array]]:
+    def _at(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        return params if self.outputs is None else self.outputs(params, *args, **kwargs)
+
+    def _named(self, result: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
+        aux = None
+        if self.has_aux:
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise TypeError("terms: with has_aux fn must return (losses, aux)")
+            result, aux = result
         if isinstance(result, Mapping):
-            found = {str(name): jnp.asarray(part) for name, part in result.items()}
+            found = dict(_flat(result))
             if not found:
                 raise ValueError("terms: fn returned an empty dict, so there is nothing to train")
             for name, part in found.items():
@@ -160,7 +218,16 @@ class Losses(eqx.Module):
         dtype = jnp.result_type(*parts)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"terms: losses must be real floating numbers, got {dtype}")
-        return names, [part.astype(dtype) for part in parts]
+        return names, [part.astype(dtype) for part in parts], aux
+
+
+def _flat(losses: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
+    """Names and losses of a dict, those of a dict inside it as `outer/inner`."""
+    for name, part in losses.items():
+        if isinstance(part, Mapping):
+            yield from _flat(part, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", jnp.asarray(part)
 
 
 def terms(
@@ -168,16 +235,20 @@ def terms(
     names: tuple[str, ...] | list[str] | None = None,
     *,
     outputs: Callable[..., Any] | None = None,
+    has_aux: bool = False,
 ) -> Losses:
     r"""Take the losses of a model as the terms of an objective $F(\theta; w) = \sum_k w_k e_k$.
 
     Args:
-      fn: pure function `fn(params, *args) -> {name: scalar}`, or a vector [K]. With `outputs` it
-        takes what that returns in place of `params`.
+      fn: pure function `fn(params, *args, **kwargs) -> {name: scalar}`, or a vector [K]; losses of
+        a dict inside the dict are named `outer/inner`. With `outputs` it takes what that returns
+        in place of `params`.
       names: of the terms, in their order. Needed when `fn` takes arguments besides `params`:
         an optimizer's state is made before the first batch is seen.
-      outputs: `outputs(params, *args)`, the model itself, where losses are to be split into model
-        and loss of its outputs: that is what Gauss-Newton products need.
+      outputs: `outputs(params, *args, **kwargs)`, the model itself, where losses are to be split
+        into model and loss of its outputs: that is what Gauss-Newton products need.
+      has_aux: whether `fn` returns `(losses, aux)`, aux any pytree (batch statistics, metrics);
+        `value_and_weighted_grad` and `train_step` hand it on.
 
     Returns:
       A `Losses` with `values`, `value_and_term_grads`, `value_and_weighted_grad` and `names_at`.
@@ -198,14 +269,15 @@ def terms(
         names = tuple(names)
         if not names or len(set(names)) != len(names):
             raise ValueError(f"names = {names} must be distinct, at least one")
-    return Losses(fn, names, outputs)
+    return Losses(fn, names, outputs, has_aux)
 
 
 def check_params(params: Any) -> None:
     """Raise unless every leaf can be differentiated."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        numeric = hasattr(leaf, "dtype") or isinstance(leaf, float | complex)
-        if not numeric or not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        dtype = getattr(leaf, "dtype", None)
+        floating = isinstance(leaf, float | complex) if dtype is None else None
+        if not (jnp.issubdtype(dtype, jnp.inexact) if floating is None else floating):
             what = str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} is {what}, which has no gradient: split the "
@@ -216,7 +288,7 @@ def check_params(params: Any) -> None:
 def check_real(params: Any) -> None:
     """Raise for complex leaves: JAX's gradient there is conjugated, and power iteration is not."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if jnp.issubdtype(jnp.result_type(leaf), jnp.complexfloating):
+        if jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.complexfloating):
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} is complex: give its real and imaginary parts "
                 "as two leaves"

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from smallgain_jax.losses.losses import Losses, check_real
+from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
 from smallgain_jax.spectral.power import (
     Product,
     label_blocks,
@@ -30,7 +30,7 @@ from smallgain_jax.spectral.power import (
 
 
 def hessian_product(
-    losses: Losses, mix: Any, params: Any, args: tuple[Any, ...], gradient: Any = None
+    losses: Losses, mix: Any, params: Any, batch: Batch, gradient: Any = None
 ) -> Product:
     r"""v -> $\sum_k m_k \nabla^2 e_k\, v$, forward over reverse.
 
@@ -38,26 +38,26 @@ def hessian_product(
       losses: the terms.
       mix: m, float [K]; zeros that are known at trace time cost nothing.
       params: where, a pytree of floating arrays.
-      args: what else the losses take.
+      batch: what else the losses take.
       gradient: unused; it is what `difference_product` starts from.
 
-    >>> from smallgain_jax.losses.losses import terms
+    >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
-    >>> hessian_product(losses, np.array([1.0, 0.0]), jnp.array([1.0, 2.0]), ())(jnp.ones(2))
+    >>> hessian_product(losses, np.array([1.0, 0.0]), jnp.array([1.0, 2.0]), Batch())(jnp.ones(2))
     Array([2., 2.], dtype=float32)
     """
     del gradient
-    slope = jax.grad(_mixture(losses.parts, mix))
+    slope = jax.grad(mixture(losses.parts, mix))
 
     def product(v: Any) -> Any:
         tangent = optax.tree.cast_like(v, params)
-        return jax.jvp(lambda p: slope(p, *args), (params,), (tangent,))[1]
+        return jax.jvp(lambda p: slope(p, *batch.args, **batch.kwargs), (params,), (tangent,))[1]
 
     return product
 
 
 def difference_product(
-    losses: Losses, mix: Any, params: Any, args: tuple[Any, ...], gradient: Any = None
+    losses: Losses, mix: Any, params: Any, batch: Batch, gradient: Any = None
 ) -> Product:
     r"""v -> $(g(\theta + h v) - g(\theta)) / h$, $g = \sum_k m_k \nabla e_k$.
 
@@ -68,17 +68,17 @@ def difference_product(
     digits or so in float32, none where matrices are multiplied in TF32 or bfloat16.
 
     Args:
-      losses, mix, params, args: as in `hessian_product`.
-      gradient: $g(\theta)$ shaped like `params`, by the same program on the same `args`; None to
+      losses, mix, params, batch: as in `hessian_product`.
+      gradient: $g(\theta)$ shaped like `params`, by the same program on the same batch; None to
         evaluate it.
 
     Raises:
       TypeError: parameters narrower than float32.
 
-    >>> from smallgain_jax.losses.losses import terms
+    >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
     >>> mix = np.array([0.0, 1.0])
-    >>> difference_product(losses, mix, jnp.array([1.0, 2.0]), ())(jnp.array([1.0, 0.0])).round(2)
+    >>> difference_product(losses, mix, jnp.array([1.0, 2.0]), Batch())(jnp.array([1.0, 0.0])).round(2)
     Array([0., 1.], dtype=float32)
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -87,8 +87,8 @@ def difference_product(
                 f"curvature = 'difference': params{jax.tree_util.keystr(path)} is {leaf.dtype}, "
                 "too coarse for the difference of two gradients; choose 'hessian'"
             )
-    slope = jax.grad(_mixture(losses.parts, mix))
-    start = slope(params, *args) if gradient is None else gradient
+    slope = jax.grad(mixture(losses.parts, mix))
+    start = slope(params, *batch.args, **batch.kwargs) if gradient is None else gradient
     eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params)), default=0.0)
     reach = jnp.sqrt(eps * (1 + optax.tree.norm(params)))
 
@@ -96,13 +96,15 @@ def difference_product(
         length = optax.tree.norm(v)
         h = reach / jnp.where(length > 0, length, 1)
         moved = jax.tree.map(lambda p, d: p + (h * d).astype(p.dtype), params, v)
-        return jax.tree.map(lambda there, here: (there - here) / h, slope(moved, *args), start)
+        return jax.tree.map(
+            lambda there, here: (there - here) / h, slope(moved, *batch.args, **batch.kwargs), start
+        )
 
     return product
 
 
 def gauss_newton_product(
-    losses: Losses, mix: Any, params: Any, args: tuple[Any, ...], gradient: Any = None
+    losses: Losses, mix: Any, params: Any, batch: Batch, gradient: Any = None
 ) -> Product:
     r"""v -> $\sum_k m_k J^\top (\nabla^2_z e_k) J\, v$ with J the model's Jacobian, z its outputs.
 
@@ -115,21 +117,25 @@ def gauss_newton_product(
     outputs = losses.outputs
 
     def product(v: Any) -> Any:
-        z, pull = jax.vjp(lambda p: outputs(p, *args), params)
+        z, pull = jax.vjp(lambda p: outputs(p, *batch.args, **batch.kwargs), params)
         tangent = optax.tree.cast_like(v, params)
-        _, forward = jax.jvp(lambda p: outputs(p, *args), (params,), (tangent,))
-        slope = jax.grad(_mixture(losses.parts_of_outputs, mix))
-        return pull(jax.jvp(lambda out: slope(out, *args), (z,), (forward,))[1])[0]
+        _, forward = jax.jvp(
+            lambda p: outputs(p, *batch.args, **batch.kwargs), (params,), (tangent,)
+        )
+        slope = jax.grad(mixture(losses.parts_of_outputs, mix))
+        return pull(
+            jax.jvp(lambda out: slope(out, *batch.args, **batch.kwargs), (z,), (forward,))[1]
+        )[0]
 
     return product
 
 
-def _mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., jax.Array]:
+def mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., jax.Array]:
     """The weighted sum, without the terms whose weight is known to be zero: they cost nothing."""
     chosen = range(len(mix)) if not isinstance(mix, np.ndarray) else np.flatnonzero(mix)
 
-    def mixture(at: Any, *args: Any) -> jax.Array:
-        found = parts(at, *args)
+    def mixture(at: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        found = parts(at, *args, **kwargs)
         terms = [found[k] * jnp.asarray(mix[k], found[k].dtype) for k in chosen]
         return sum(terms[1:], terms[0])
 
@@ -152,13 +158,14 @@ def sharpness(
     root: Any = None,
     iterations: int = 50,
     curvature: str = "hessian",
+    **kwargs: Any,
 ) -> jax.Array:
     r"""Largest magnitude of an eigenvalue of $P^{-1/2}\,\nabla^2 \sum_k w_k e_k\,P^{-1/2}$.
 
     Args:
       losses: made by `terms`.
       params: where.
-      *args: what else the losses take.
+      *args, **kwargs: what else the losses take.
       weights: float [K]; None for ones.
       root: $P^{1/2}$ shaped like `params`; None for the identity.
       iterations: of power iteration from a random start, static.
@@ -170,14 +177,18 @@ def sharpness(
     Raises:
       TypeError: complex parameters; parameters too narrow for "difference".
 
-    >>> from smallgain_jax.losses.losses import terms
+    >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": x[0] ** 2})
     >>> sharpness(losses, jnp.ones(2)).round(3).item()
     4.0
     """
+    check_params(params)
     check_real(params)
-    names = losses.names_at(params, *args)
+    if curvature not in PRODUCTS:
+        raise ValueError(f"curvature = {curvature!r} is unknown: choose from {', '.join(PRODUCTS)}")
+    names = losses.names_at(params, *args, **kwargs)
     mix = jnp.ones(len(names)) if weights is None else jnp.asarray(weights)
-    product = PRODUCTS[curvature](losses, mix, params, args)
+    product = PRODUCTS[curvature](losses, mix, params, Batch(args, kwargs))
     labels, _ = label_blocks(params, None)
-    return power_iteration(product, random_vector(0, params), root, labels, iterations)[0][0]
+    inverse = None if root is None else jax.tree.map(jnp.reciprocal, root)
+    return power_iteration(product, random_vector(0, params), inverse, labels, iterations)[0][0]

@@ -1,181 +1,243 @@
-"""The skeleton for losses of a model: price, share, mix, update, guard."""
+"""`small_gain` around the losses of a model: observe, price, decide, mix, guard."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.typing import ArrayLike
 from optax.experimental import aggregating
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
-from smallgain_jax._tree import select
-from smallgain_jax.allocation.knapsack import allocate
-from smallgain_jax.limits.closed_forms import row_budgets
+from smallgain_jax._checks import (
+    PARAMS_NEEDED,
+    cast_like,
+    check_fraction,
+    check_optimizer,
+    check_positive,
+    float_dtype,
+)
+from smallgain_jax._tree import select, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
-from smallgain_jax.losses.losses import UNROLLED, Losses, check_params, check_real
+from smallgain_jax.losses.incoming import Given, Incoming, is_foreign, observe, report
+from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
+from smallgain_jax.losses.policies import POLICIES, WORTHS, decide
+from smallgain_jax.losses.prices import (
+    Measured,
+    Sight,
+    inverse_root_of,
+    known_prices,
+    limit_of,
+    measure,
+)
 from smallgain_jax.losses.sharpness import PRODUCTS
-from smallgain_jax.spectral.power import Blocks, label_blocks, power_iteration, random_vector
+from smallgain_jax.losses.state import (
+    Limit,
+    Settings,
+    TrainingInfo,
+    TrainingState,
+    highest,
+    initial_state,
+)
+from smallgain_jax.losses.watch import LEARNING, Verdict, WatchState, judge, regrown
+from smallgain_jax.spectral.power import Blocks, label_blocks
 
-Limit = float | jax.Array | Callable[[jax.Array], Any] | None
+STATIC = ("every", "iterations", "warmup", "blocks", "metric", "anneal", "rounds", "guard")
+"""Arguments that shape the program: `static_args` of `optax.inject_hyperparams`."""
 
-FIRST_ITERATIONS = 20
-"""Of power iteration from its random start, and when the loss leaves its level; other calls go on
-from the last one's vector."""
 ADAPTIVE_WARMUP = 100
 """Updates before second moments mean anything; with beta_2 = 0.999 they average a tenth then."""
-GUARD = 2.0
-"""Multiple of the limit. Networks live at the edge and sharpness recedes from it by itself; up to
-twice the limit such catapults end well (Lewkowycz et al., *The large learning rate phase of deep
-learning*, 2020)."""
-ALARM = 2.0
-"""A total loss this many times its average is on its way out: see `_Watch`."""
-ALARM_MEMORY = 0.99
-"""By which the loss of the last alarm is forgotten at each update: its half-life is 69."""
 
 
-class TrainingInfo(NamedTuple):
-    """What a reader of one update wants to know. K losses, R rows (blocks of parameters).
+def loss_small_gain(
+    base_optimizer: optax.GradientTransformation,
+    terms: Losses,
+    *,
+    policy: str = "reference",
+    guard: str | float | None = "divergence",
+    every: int = 10,
+    limit: Limit = None,
+    target: ArrayLike = 0.9,
+    metric: Callable[[Any, Any], Any] | None = None,
+    priorities: Sequence[float] | None = None,
+    floor: ArrayLike = 1e-4,
+    ceiling: ArrayLike = 1e4,
+    ema: ArrayLike = 0.1,
+    anneal: Callable[[jax.Array], Any] | None = None,
+    warmup: int | None = None,
+    curvature: str = "hessian",
+    iterations: int = 1,
+    blocks: Blocks = None,
+    row_gains: bool = False,
+    max_gain: ArrayLike = 3.0,
+    value: str = "alignment",
+    budget_fraction: ArrayLike = 0.7,
+    max_step_change: ArrayLike = 0.1,
+    rounds: int = 8,
+    axis_name: str | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wrap a base optimizer so that the losses of a model share the stability margin.
 
-    Curvatures are in the base optimizer's metric, in loss per squared unit of that metric.
+    Every so many updates the curvature $\lambda_k$ of each loss, and that of the weighted sum, is
+    measured by power iteration on $P^{-1/2} H_k P^{-1/2}$ in the metric P of the base optimizer,
+    and set against its limit there: $2/\alpha$ for gradient descent, $38/\alpha$ for Adam. These
+    are estimates from below, no guarantees. Then the policy moves the weights:
+
+    * "reference", the default, leaves them at 1: the objective is the one that the user wrote, and
+      what is handed in goes to the base optimizer as it is. Prices are for reading.
+    * "fair" moves $\log w_k$ towards $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional
+      fairness (Kelly, Maulloo and Tan 1998) at the total cost of the reference: every loss gets its
+      share of the margin. For losses in arbitrary units that can all vanish (physics-informed
+      networks). **It solves another problem** where weights are meant: a small regularizer is
+      raised hundreds of times.
+    * "greedy" raises and sheds by value over cost, where losses agree and the margin has slack.
+
+    With weights other than 1 the gradient is this transformation's own, and takes over a common
+    factor of what is handed in (clipping by norm, a mean, a frozen leaf); see `incoming` for what
+    else may come.
+
+    The guard compares the loss with that at an anchor some updates ago, on one batch. Where a rise
+    beyond all proportion is confirmed by a second batch, parameters and base optimizer go back to
+    the anchor, and steps are shorter for a while; see `watch`. It costs one evaluation of the losses
+    at every `every` updates, and a copy of the parameters and of the base optimizer's state.
+
+    Args:
+      base_optimizer: any optax optimizer, line searches included, or an
+        `optax.experimental.aggregating.Aggregator`, which sees each reweighted gradient.
+      terms: the losses, made by `sg.terms`, or their function.
+      policy: "reference", "fair" or "greedy".
+      guard: "divergence" as above; a number in addition scales steps down wherever the sharpness is
+        above that multiple of the limit (needs a known limit); None for neither.
+      every: updates between measurements, static; the first follow closer.
+      limit: curvature limit of the base optimizer, a scalar or a schedule of the count; None to
+        measure it (`limits`).
+      target: c in (0, 1), the fraction of the limit that a rewind and `row_gains` aim at.
+      metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
+        `params`, positive.
+      priorities: p_k, float [K], positive; None for ones ("fair").
+      floor, ceiling: bounds of every weight.
+      ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
+        the weight of the newest score.
+      anneal: schedule a(count) in [0, 1]; $w_k^a$ is in force, so that 0 is the reference.
+      warmup: updates during which nothing is priced; None for 100 with the Adam family, whose
+        second moments mean nothing before, else 0.
+      curvature: "hessian"; "gauss_newton" for terms made with `outputs`; or "difference" of two
+        gradients, a third of the time and no memory of its own, for float32 or wider.
+      iterations: of power iteration at each turn, static.
+      blocks: rows of the parameters: None for one, "leaves", or a function of a leaf's key path.
+      row_gains: whether the step of each block is multiplied by $T / \lambda_r(w)$.
+      max_gain: bound on row gains and on their inverse.
+      value, budget_fraction, max_step_change, rounds: of "greedy": what a unit of weight is worth
+        ("alignment" or "grad_norm"), rho, eta, and rounds of `allocate`.
+      axis_name: of replicas under `pmap` or `shard_map(check_vma=False)`, whose measurements are
+        averaged, so that they stay equal.
+
+    Returns:
+      An optax transformation with a `TrainingState`; its `update` needs `params` and reads
+      `term_args`, what the losses take besides the parameters (a tuple, or a dict of named
+      arguments; without it "reference" only hands on, and warns), `curvature_args` (another batch
+      to measure on), `term_grads` (gradients of the losses, a leading axis K on each leaf) with
+      `term_values` [K], and `weighted` (whether the updates are the gradient of the sum by
+      `state.weights`, as `Losses.value_and_weighted_grad` gives it: one backward pass in all).
+
+    Raises:
+      ValueError: an unknown name, a concrete number outside its range.
+      TypeError: parameters that are not floating, losses whose names must be given and are not, or
+        that take a batch which `update` was not given.
+
+    >>> def losses(x):
+    ...     return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
+    >>> from smallgain_jax.losses.losses import terms
+    >>> optimizer = loss_small_gain(optax.sgd(0.01), terms(losses), policy="fair", every=1)
+    >>> x = jnp.ones(2)
+    >>> state = optimizer.init(x)
+    >>> @jax.jit
+    ... def step(x, state):
+    ...     gradient = jax.grad(lambda x: sum(losses(x).values()))(x)
+    ...     updates, state = optimizer.update(gradient, state, x)
+    ...     return optax.apply_updates(x, updates), state
+    >>> for _ in range(100):
+    ...     x, state = step(x, state)
+    >>> state.info.share.round(2).tolist(), state.weights.round(1).tolist()
+    ([0.5, 0.5], [25.5, 0.5])
     """
-
-    losses: jax.Array  # [K] at the parameters before this update; NaN if they were not evaluated
-    cost: jax.Array  # [K, R] curvature of each loss in each row at unit weight, from below
-    share: jax.Array  # [K] of each loss in the total cost under the weights
-    sharpness: jax.Array  # [] curvature of the weighted sum, from below
-    limit: jax.Array  # [] what the base optimizer is stable up to; inf where there is none
-    sharpness_ratio: jax.Array  # [] sharpness over limit
-    row_sharpness: jax.Array  # [R] of its diagonal blocks
-    margin_rows: jax.Array  # [R] T - row_sharpness
-    guard: jax.Array  # [] factor on the base optimizer's update
-    gains: jax.Array  # [R] factors on its rows
-    balance_residual: jax.Array  # [] B as last measured; NaN without per-term gradients
-    interaction_ratio: jax.Array  # [] I likewise
-    accepted: jax.Array  # [] bool; False for an update skipped as not finite
-    skipped: jax.Array  # [] int32, how many so far
-
-
-class TrainingState(NamedTuple):
-    """State of `small_gain` around the losses of a model. K losses."""
-
-    count: jax.Array  # type: ignore[assignment]  # [] int32
-    weights: jax.Array  # [K] in force at this update; 1 is the reference objective
-    log_weights: jax.Array  # [K] as allocated, before any return to the reference
-    scores: jax.Array  # [K] moving averages of value over cost
-    level: jax.Array  # [] moving average of the total loss
-    peak: jax.Array  # [] total loss at the last alarm, fading
-    recovering: jax.Array  # [] bool, from a loss that left its level until it is back
-    headroom: jax.Array  # [] multiple of the limit at which the guard engages
-    vectors: tuple[Any, ...]  # of power iteration: one per loss, one for the sum, one by block
-    base_state: Any
-    info: TrainingInfo
+    check_optimizer("base_optimizer", base_optimizer)
+    settings = Settings(
+        limit=limit,
+        metric=metric,
+        target=target,
+        policy=policy,
+        value=value,
+        every=every,
+        priorities=priorities,
+        budget_fraction=budget_fraction,
+        max_step_change=max_step_change,
+        floor=floor,
+        ceiling=ceiling,
+        ema=ema,
+        curvature=curvature,
+        iterations=iterations,
+        blocks=blocks,
+        row_gains=row_gains,
+        max_gain=max_gain,
+        guard=guard,
+        warmup=-1 if warmup is None else warmup,
+        anneal=anneal,
+        rounds=rounds,
+        axis_name=axis_name,
+    )
+    _check(settings)
+    return _transformation(base_optimizer, terms, settings)
 
 
-class TrainingSettings(NamedTuple):
-    """Static and numeric settings of the skeleton; `small_gain` documents each."""
+class _Wiring(NamedTuple):
+    """What one update needs besides its arguments."""
 
-    limit: Limit
-    metric: Callable[[Any, Any], Any] | None
-    target: ArrayLike
-    policy: str
-    value: str
-    objective: str
-    every: int
-    priorities: Sequence[float] | None
-    budget_fraction: ArrayLike
-    max_step_change: ArrayLike
-    floor: ArrayLike
-    ceiling: ArrayLike
-    ema: ArrayLike
-    curvature: str
-    iterations: int
-    blocks: Blocks
-    row_gains: bool
-    max_gain: ArrayLike
-    guard: str | ArrayLike | None
-    warmup: int | None
-    anneal: Callable[[jax.Array], Any] | None
-    rounds: int
-
-
-class _Terms(NamedTuple):
-    """The losses at the parameters, to first order."""
-
-    values: jax.Array  # [K]; NaN where nothing evaluated them
-    gradients: Any | None  # leading axis K; None unless needed
-    reweighted: Callable[[Any, jax.Array], Any]  # updates, weights -> sum_k w_k grad e_k
-
-
-class _Watch(NamedTuple):
-    """How the total loss stands against its average.
-
-    Sharpness above the limit is no harm while the loss holds. When it has left its level, the
-    guard engages below the limit until it is back, and every such excursion halves the headroom
-    above the limit, which then grows back by 0.1 % an update. The sharpness is measured at once,
-    unless the loss stood as high at an alarm not long ago: mini-batches may leave the level every
-    other update and be back at the next, where a divergence goes from one record to another.
-    """
-
-    level: jax.Array  # []
-    peak: jax.Array  # []
-    alarmed: jax.Array  # [] bool, by this very loss
-    recovering: jax.Array  # [] bool
-    unwatched: jax.Array  # [] bool, where no loss is known
-    headroom: jax.Array  # []
-
-
-class _Prices(NamedTuple):
-    """The losses to second order, in the metric, as last measured."""
-
-    cost: jax.Array  # [K, R]
-    sharpness: jax.Array  # [] of the weighted sum
-    row_sharpness: jax.Array  # [R] of its diagonal blocks
-    limit: jax.Array  # []
-
-
-_Measured = tuple[_Prices, tuple[Any, ...]]  # and the vectors of power iteration
+    losses: Losses
+    settings: Settings
+    base: Any
+    probe: Callable[[Any], Probe]  # of the parameters
+    per_term: bool
+    aggregates: bool
 
 
 class _Decision(NamedTuple):
     """All that changes only where something is measured."""
 
-    prices: _Prices
-    vectors: tuple[Any, ...]
+    measured: Measured
     log_weights: jax.Array  # [K]
     scores: jax.Array  # [K]
     balance_residual: jax.Array  # []
     interaction_ratio: jax.Array  # []
+    reported: jax.Array  # [] bool
 
 
-def trained(
-    base_optimizer: optax.GradientTransformation, losses: Losses, settings: TrainingSettings
+class _Judgement(NamedTuple):
+    """What the watch found."""
+
+    watch: WatchState
+    rewind: jax.Array  # [] bool
+    losses: jax.Array  # [K] as last evaluated
+
+
+def _transformation(
+    base_optimizer: optax.GradientTransformation, losses: Losses, settings: Settings
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap a base optimizer by shares of the stability margin for `losses`; see `small_gain`."""
-    _check(settings)
     aggregates = isinstance(base_optimizer, aggregating.Aggregator)
-    base = base_optimizer if aggregates else optax.with_extra_args_support(base_optimizer)
-    probe = None if aggregates else probe_optimizer(base_optimizer)
-    per_term = aggregates or settings.policy == "greedy"
-    adaptive = settings.metric is not None or (probe is not None and probe.metric is not None)
-    scale_free = adaptive or probe is None
-    warmup = settings.warmup
-    if warmup is None:
-        warmup = ADAPTIVE_WARMUP if adaptive else 0
-    if settings.guard == "sharpness":
-        settings = settings._replace(guard=GUARD)
+    wiring = _Wiring(
+        losses=losses,
+        settings=settings,
+        base=base_optimizer if aggregates else optax.with_extra_args_support(base_optimizer),
+        probe=partial(probe_optimizer, base_optimizer),
+        per_term=aggregates or settings.policy == "greedy",
+        aggregates=aggregates,
+    )
 
     def init(params: Any) -> TrainingState:
-        check_real(params)
-        num_terms = len(losses.names_at(params))
-        priorities = settings.priorities
-        if priorities is not None and len(priorities) != num_terms:
-            raise ValueError(f"priorities has {len(priorities)} entries for {num_terms} losses")
-        return _initial_state(base, params, num_terms, settings)
+        return _initial(wiring, params)
 
     def update(
         updates: Any,
@@ -184,116 +246,51 @@ def trained(
         *,
         term_grads: Any = None,
         term_values: jax.Array | None = None,
-        term_args: tuple[Any, ...] = (),
-        curvature_args: tuple[Any, ...] | None = None,
+        term_args: Any = (),
+        curvature_args: Any = None,
         weighted: bool = False,
         **extra_args: Any,
     ) -> tuple[Any, TrainingState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
-        if weighted and (per_term or term_grads is not None):
-            raise ValueError(
-                "weighted: aggregators and policy 'greedy' look at the gradient of each loss, so "
-                "give the gradient of the plain sum; and never weighted together with term_grads"
-            )
-        if not isinstance(term_args, tuple | list):
-            raise TypeError("term_args must be a tuple: what the losses take besides params")
-        args = tuple(term_args)
-        given = _Given(term_grads, term_values, weighted)
-        terms = _first_order(losses, params, args, given, per_term, state.weights)
-        healthy = _finite(updates, terms.gradients)
-        total = jnp.vdot(state.weights, terms.values)
-        if term_values is not None or (term_grads is None and not weighted):
-            healthy = healthy & jnp.all(jnp.isfinite(terms.values))
-        elif extra_args.get("value") is not None:
-            # the sum, as optax's own line searches are given it: enough to watch
-            total = jnp.asarray(extra_args["value"], total.dtype)
-            healthy = healthy & jnp.isfinite(total)
-        watch = _watch(settings, state, total)
+        batch = Batch.of(term_args)
+        at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
+        given = _checked(wiring, params, state, Given(term_grads, term_values, weighted))
+        blind = _is_blind(wiring, params, at)
+        num_terms = state.weights.shape[0]
 
-        due = (state.count % settings.every == 0) | watch.alarmed
-        due = due & (state.count >= warmup)
-        at = tuple(args if curvature_args is None else curvature_args)
-        same_batch = terms.gradients if curvature_args is None else None
+        seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, num_terms)
+        healthy = _healthy(updates, seen, extra_args.get("value"))
+        due = healthy & (state.wait <= 0)
+        same = seen if curvature_args is None else seen._replace(gradients=None)
+        decision = _decide(wiring, state, params, at, same, due, blind)
+        judged = _judge(wiring, state, params, at, due | ~healthy, blind)
+        weights = _in_force(settings, state, decision.log_weights)
 
-        def look() -> _Decision:
-            prices, vectors = _second_order(
-                losses, settings, probe, state, params, at, same_batch, watch.alarmed
-            )
-            log_weights, scores = _decide(settings, scale_free, state, terms, prices)
-            decision = _Decision(
-                prices,
-                vectors,
-                log_weights,
-                scores,
-                _of_gradients(balance_residual, terms.gradients),
-                _of_gradients(interaction_ratio, terms.gradients),
-            )
-            return cast_like(decision, rest())
-
-        def rest() -> _Decision:
-            info = state.info
-            return _Decision(
-                _known_prices(state),
-                state.vectors,
-                state.log_weights,
-                state.scores,
-                info.balance_residual,
-                info.interaction_ratio,
-            )
-
-        # a decision, not a function to differentiate
-        decision = jax.lax.stop_gradient(jax.lax.cond(due & healthy, look, rest))
-        prices, log_weights = decision.prices, decision.log_weights
-        keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
-        weights = jnp.exp(keep * log_weights)
-
+        gradient = seen.reweighted(weights)
         if aggregates:
-            gradient = jax.tree.map(partial(_times, weights), terms.gradients)
-        else:
-            gradient = terms.reweighted(updates, weights)
+            gradient = jax.tree.map(partial(_times, weights), seen.gradients)
         gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
-        move, base_state = base.update(gradient, state.base_state, params, **extra_args)
-        base_state = select(healthy, base_state, state.base_state)
+        if settings.reweights and not blind:
+            extra_args = _weighted_args(losses, batch, weights, seen, gradient, extra_args)
+        move, base_state = wiring.base.update(gradient, state.base_state, params, **extra_args)
 
-        target = settings.target * prices.limit
-        # weights moved since the sum was measured: scale its sharpness with the total cost
-        before, after = (_total(jnp.exp(w), prices.cost) for w in (state.log_weights, log_weights))
-        drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
-        now = prices.sharpness * drift
-        guard, gains = jax.lax.stop_gradient(_factors(settings, prices, now, drift, watch))
-        labels, _ = label_blocks(params, settings.blocks)
-        move = _scale(move, guard, gains, labels, healthy)
-
-        ratio = jnp.where(jnp.isfinite(prices.limit), now / prices.limit, 0)
-        paid = weights * jnp.sum(prices.cost, axis=1)
-        everything = jnp.sum(paid)
-        info = TrainingInfo(
-            losses=terms.values,
-            cost=prices.cost,
-            share=paid / jnp.where(everything > 0, everything, 1),
-            sharpness=now,
-            row_sharpness=prices.row_sharpness * drift,
-            limit=prices.limit,
-            sharpness_ratio=ratio,
-            margin_rows=target - prices.row_sharpness * drift,
-            guard=guard,
-            gains=gains,
-            balance_residual=decision.balance_residual,
-            interaction_ratio=decision.interaction_ratio,
-            accepted=healthy,
-            skipped=state.info.skipped + (1 - healthy.astype(jnp.int32)),
-        )
+        factors = _factors(settings, state, decision)
+        move = _scaled(move, factors, params, settings.blocks)
+        healthy = healthy & finite(jax.tree.map(jnp.add, params, move))
+        judged = judged._replace(rewind=judged.rewind & bool(judged.watch.anchor))
+        move, base_state = _settled(state, params, judged, healthy, move, base_state)
+        info = _info(settings, state, seen, decision, judged, healthy, weights, factors)
+        measured = decision.measured
         new_state = TrainingState(
-            count=optax.safe_increment(state.count),
+            count=jnp.where(healthy, optax.safe_increment(state.count), state.count),
             weights=jnp.where(healthy, weights, state.weights),
-            log_weights=log_weights,
+            log_weights=decision.log_weights,
             scores=decision.scores,
-            level=jnp.where(healthy, watch.level, state.level),
-            peak=jnp.where(healthy, watch.peak, state.peak),
-            recovering=jnp.where(healthy, watch.recovering, state.recovering),
-            headroom=jnp.where(healthy, watch.headroom, state.headroom),
-            vectors=decision.vectors,
+            turn=measured.turn,
+            wait=_next_wait(settings, state, judged, measured, healthy, due, blind),
+            misses=measured.misses,
+            reported=decision.reported,
+            vectors=measured.vectors,
+            watch=regrown(judged.watch),
             base_state=base_state,
             info=info,
         )
@@ -302,357 +299,343 @@ def trained(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(settings: TrainingSettings) -> None:
-    if settings.objective != "adapted":
-        raise ValueError(
-            f"objective = {settings.objective!r}: the weights of losses are hyperparameters, "
-            "'adapted'; to return to the reference objective give anneal"
-        )
-    if settings.curvature not in PRODUCTS:
-        raise ValueError(
-            f"curvature = {settings.curvature!r} is unknown: choose from {', '.join(PRODUCTS)}"
-        )
-    if settings.value not in WORTHS:
-        raise ValueError(
-            f"value = {settings.value!r} is not for losses: choose from {', '.join(WORTHS)}"
-        )
-    if isinstance(settings.guard, str) and settings.guard != "sharpness":
-        raise ValueError(
-            f"guard = {settings.guard!r} is not for losses: choose 'sharpness', a multiple of the "
-            "limit, or None"
-        )
-    if settings.iterations < 1:
-        raise ValueError(f"iterations = {settings.iterations} must be at least 1")
-    if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
-        raise ValueError(f"priorities = {settings.priorities} must be positive")
-
-
-def _initial_state(
-    base: optax.GradientTransformation, params: Any, num_terms: int, settings: TrainingSettings
-) -> TrainingState:
-    dtype = float_dtype(*(jnp.zeros((), leaf.dtype) for leaf in jax.tree.leaves(params)))
-    rows = len(label_blocks(params, settings.blocks)[1])
-
-    # every field its own buffer: a donated state may not alias itself
-    def full(fill: float, *shape: int) -> jax.Array:
-        return jnp.full(shape, fill, dtype)
-
-    info = TrainingInfo(
-        losses=full(0, num_terms),
-        cost=full(0, num_terms, rows),
-        share=full(1 / num_terms, num_terms),
-        sharpness=full(0),
-        limit=full(jnp.inf),
-        sharpness_ratio=full(0),
-        row_sharpness=full(0, rows),
-        margin_rows=full(jnp.inf, rows),
-        guard=full(1),
-        gains=full(1, rows),
-        balance_residual=full(jnp.nan),
-        interaction_ratio=full(jnp.nan),
-        accepted=jnp.ones((), bool),
-        skipped=jnp.zeros((), jnp.int32),
-    )
-    num_vectors = num_terms + (1 if rows == 1 else 2)
-    return TrainingState(
-        count=jnp.zeros((), jnp.int32),
-        weights=full(1, num_terms),
-        log_weights=full(0, num_terms),
-        scores=full(0, num_terms),
-        level=full(0),
-        peak=full(0),
-        recovering=jnp.zeros((), bool),
-        headroom=full(jnp.inf),
-        vectors=tuple(random_vector(k, params) for k in range(num_vectors)),
-        base_state=base.init(params),
-        info=info,
-    )
-
-
-class _Given(NamedTuple):
-    """What the caller knows of the losses."""
-
-    term_grads: Any | None
-    term_values: jax.Array | None
-    weighted: bool
-
-
-def _first_order(
-    losses: Losses,
-    params: Any,
-    args: tuple[Any, ...],
-    given: _Given,
-    per_term: bool,
-    weights: jax.Array,
-) -> _Terms:
-    num_terms = weights.shape[0]
-    names = losses.names_at(params, *args)
-    if len(names) != num_terms:
-        raise ValueError(f"terms: {len(names)} losses now, {num_terms} at init")
-    known = jnp.full(num_terms, jnp.nan, weights.dtype)
-    if given.term_values is not None:
-        known = jnp.asarray(given.term_values, weights.dtype)
-        if known.shape != (num_terms,):
-            raise ValueError(f"term_values has shape {known.shape}, expected ({num_terms},)")
-    if given.weighted:
-        # by the weights it was handed, which move too slowly for one update to matter
-        return _Terms(known, None, lambda updates, _: updates)
-    values, grads = known, given.term_grads
-    if grads is not None:
-        _check_term_grads(grads, params, num_terms)
-    else:
+def _initial(wiring: _Wiring, params: Any) -> TrainingState:
+    losses, settings = wiring.losses, wiring.settings
+    blind = _sees_holes(losses, params)
+    if blind and settings.reweights:
+        raise TypeError(HOLES)
+    if not has_holes(params):
         check_params(params)
-        if per_term:
-            values, grads = losses.value_and_term_grads(params, *args)
-    if grads is not None:
-        mixed = lambda mix: jax.tree.map(partial(_mixed, mix), grads)  # noqa: E731
-    else:
-        # one backward pass for the mixture, however many losses there are
-        values, pull = jax.vjp(lambda p: losses.values(p, *args), params)
-        mixed = lambda mix: pull(mix.astype(values.dtype))[0]  # noqa: E731
-    return _Terms(values.astype(weights.dtype), grads, partial(_reweighted, mixed))
+    check_real(params)
+    names = (losses.names or ()) if blind else losses.names_at(params)
+    priorities = settings.priorities
+    if priorities is not None and len(priorities) != len(names):
+        raise ValueError(f"priorities has {len(priorities)} entries for {len(names)} losses")
+    dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
+    return initial_state(wiring.base, params, len(names), settings, dtype)
 
 
-def _reweighted(mixed: Callable[[jax.Array], Any], updates: Any, weights: jax.Array) -> Any:
-    """The gradient of the weighted sum, from that of the plain one."""
-    return jax.tree.map(lambda g, more: (g + more).astype(g.dtype), updates, mixed(weights - 1))
+def _checked(wiring: _Wiring, params: Any, state: TrainingState, given: Given) -> Given:
+    """What the caller gives, once it has been looked at."""
+    if params is None:
+        raise ValueError(PARAMS_NEEDED)
+    if given.weighted and (wiring.per_term or given.term_grads is not None):
+        raise ValueError(
+            "weighted: aggregators and policy 'greedy' look at the gradient of each loss, so "
+            "give the gradient of the plain sum; and never weighted together with term_grads"
+        )
+    if given.term_grads is not None:
+        _check_term_grads(given.term_grads, params, state.weights.shape[0])
+    if given.term_values is None:
+        return given
+    values = jnp.asarray(given.term_values, state.weights.dtype)
+    if values.shape != state.weights.shape:
+        raise ValueError(f"term_values has shape {values.shape}, expected {state.weights.shape}")
+    return given._replace(term_values=values)
 
 
-def _second_order(
-    losses: Losses,
-    settings: TrainingSettings,
-    probe: Probe | None,
-    state: TrainingState,
-    params: Any,
-    args: tuple[Any, ...],
-    gradients: Any | None,
-    alarmed: jax.Array,
-) -> _Measured:
-    """Measure one loss, or the sum, in turn: about one product with a Hessian.
+HOLES = (
+    "params has holes (optax.MaskedNode), as masked and partition leave them around small_gain, and "
+    "the losses cannot be evaluated there: put the mask inside, as in "
+    "small_gain(optax.masked(optax.adam(1e-3), mask), losses)"
+)
 
-    At first all of them; at an alarm the sum, which is what the guard goes by.
-    """
-    num_terms = state.weights.shape[0]
-    labels, names = label_blocks(params, settings.blocks)
-    root = _root(settings, probe, state, params)
-    everything = ~(state.info.sharpness > 0)
-    iterations = jnp.where(everything | alarmed, FIRST_ITERATIONS, settings.iterations)
 
-    def measure(mix: Any, vector: Any, by_block: list[int]) -> tuple[jax.Array, Any]:
-        gradient = None
-        if gradients is not None:
-            gradient = jax.tree.map(partial(_mixed, jnp.asarray(mix)), gradients)
-        product = PRODUCTS[settings.curvature](losses, mix, params, args, gradient)
-        curvature, vector = power_iteration(product, vector, root, by_block, iterations)
-        return curvature.astype(state.info.cost.dtype), vector
+def has_holes(params: Any) -> bool:
+    """Whether a transformation around this one has masked leaves out."""
+    is_hole = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
+    return any(is_hole(node) for node in jax.tree.leaves(params, is_leaf=is_hole))
 
-    def one_loss(k: int, known: _Measured) -> _Measured:
-        prices, vectors = known
-        cost, vector = measure(np.eye(num_terms)[k], vectors[k], labels)
-        cost = jnp.where(jnp.isfinite(cost), cost, prices.cost[k])
-        prices = prices._replace(cost=prices.cost.at[k].set(cost))
-        return prices, (*vectors[:k], vector, *vectors[k + 1 :])
 
-    def the_sum(known: _Measured) -> _Measured:
-        prices, vectors = known
-        (total,), vector = measure(state.weights, vectors[num_terms], [0] * len(labels))
-        vectors = (*vectors[:num_terms], vector, *vectors[num_terms + 1 :])
-        rows = total[None]
-        if len(names) > 1:
-            rows, vector = measure(state.weights, vectors[-1], labels)
-            vectors = (*vectors[:-1], vector)
-        total = jnp.where(jnp.isfinite(total), total, prices.sharpness)
-        rows = jnp.where(jnp.isfinite(rows), rows, prices.row_sharpness)
-        return prices._replace(sharpness=total, row_sharpness=rows), vectors
+def _sees_holes(losses: Losses, params: Any) -> bool:
+    """Whether there are holes, and the losses do not get along with them."""
+    if not has_holes(params):
+        return False
+    try:
+        losses.names_at(params)
+        if losses.names is not None and losses.lacks(Batch()) is None:
+            jax.eval_shape(losses.values, params)
+    except Exception:  # whatever a loss may do to a hole
+        return True
+    return losses.lacks(Batch()) is not None
 
-    turns = [partial(one_loss, k) for k in range(num_terms)] + [the_sum]
-    turn = (state.count // settings.every) % len(turns)
-    turn = jnp.where(alarmed, num_terms, turn)
-    prices = _known_prices(state)._replace(limit=_limit(settings, probe, state))
-    return jax.lax.fori_loop(
-        jnp.where(everything, 0, turn),
-        jnp.where(everything, len(turns), turn + 1),
-        lambda t, known: jax.lax.switch(t, turns, known),
-        (cast_like(prices, _known_prices(state)), state.vectors),
+
+def _is_blind(wiring: _Wiring, params: Any, batch: Batch) -> bool:
+    """Whether the losses cannot be evaluated at this update; a warning says why."""
+    missing = wiring.losses.lacks(batch)
+    if missing is None and not _sees_holes(wiring.losses, params):
+        return False
+    why = HOLES
+    if missing is not None:
+        why = (
+            f"term_args: the losses take {missing!r} besides params, and update was not given it; "
+            "hand the batch over, as in update(gradient, state, params, term_args=(batch,))"
+        )
+    if wiring.settings.reweights:
+        raise TypeError(why)
+    warnings.warn(
+        f"{why}. Until then small_gain hands updates on as they are: it measures nothing and "
+        "guards against nothing",
+        stacklevel=4,
     )
+    return True
 
 
-def _root(
-    settings: TrainingSettings, probe: Probe | None, state: TrainingState, params: Any
-) -> Any | None:
-    """P^{1/2} shaped like the parameters; None for the identity."""
-    if settings.metric is not None:
-        return jax.tree.map(jnp.sqrt, settings.metric(state.base_state, params))
-    if probe is None or probe.metric is None:
-        return None
-    return probe.root(state.base_state)
+def _healthy(updates: Any, seen: Incoming, value: Any) -> jax.Array:
+    """Whether every number that came in, or was evaluated, is finite."""
+    healthy = finite(updates)
+    if seen.gradients is not None:
+        healthy = healthy & finite(seen.gradients)
+    for known in (seen.values, value):
+        if known is not None:
+            healthy = healthy & jnp.all(jnp.isfinite(jnp.asarray(known)))
+    return healthy
 
 
-def _limit(settings: TrainingSettings, probe: Probe | None, state: TrainingState) -> jax.Array:
-    if callable(settings.limit):
-        return jnp.asarray(settings.limit(state.count))
-    if settings.limit is not None:
-        return jnp.asarray(settings.limit)
-    return jnp.asarray(jnp.inf) if probe is None else probe.limit(state.base_state)
-
-
-def _known_prices(state: TrainingState) -> _Prices:
-    """What the last measurement said."""
-    info = state.info
-    return _Prices(info.cost, info.sharpness, info.row_sharpness, info.limit)
-
-
-def _total(weights: jax.Array, cost: jax.Array) -> jax.Array:
-    return jnp.vdot(weights, jnp.sum(cost, axis=1))
-
-
-def _watch(settings: TrainingSettings, state: TrainingState, total: jax.Array) -> _Watch:
-    known = jnp.isfinite(total)
-    started = known & (state.level != 0)
-    left = started & (total > ALARM * state.level)
-    alarmed = left & (total > ALARM * state.peak)
-    recovering = left | (state.recovering & (total > state.level))
-    # while the loss is away its average all but rests: following it would excuse the next excursion
-    follow = jnp.where(recovering, 1e-3, 0.1)
-    level = (1 - follow) * state.level + follow * jnp.minimum(total, ALARM * state.level)
-    level = jnp.where(known, jnp.where(started, level, total), state.level)
-    peak = jnp.where(alarmed, total, ALARM_MEMORY * state.peak)
-    loose: Any = jnp.inf if settings.guard is None else settings.guard
-    grown = jnp.minimum(loose, jnp.where(left & ~state.recovering, 0.5, 1.001) * state.headroom)
-    headroom = jnp.maximum(grown, jnp.minimum(loose, settings.target))
-    return _Watch(level, peak, alarmed, recovering, ~known, headroom)
+def finite(tree: Any) -> jax.Array:
+    """Whether every entry is: a sum of zeros is one fused pass, a reduction of booleans is not."""
+    zeros = (jnp.sum(0 * leaf) for leaf in jax.tree.leaves(tree))
+    return sum(zeros, jnp.zeros(())) == 0
 
 
 def _decide(
-    settings: TrainingSettings,
-    scale_free: bool,
+    wiring: _Wiring,
     state: TrainingState,
-    terms: _Terms,
-    prices: _Prices,
-) -> tuple[jax.Array, jax.Array]:
-    """Logarithms of the new weights, and scores."""
-    num_terms, rows = prices.cost.shape
-    touched = jnp.broadcast_to(jnp.arange(rows), (num_terms, rows))
-    weights = jnp.exp(state.log_weights)
-    price = jnp.sum(prices.cost, axis=1)
-    spend = partial(allocate, cost=prices.cost, rows=touched, rounds=settings.rounds)
-    if settings.policy == "fair":
-        given = (1.0,) * num_terms if settings.priorities is None else settings.priorities
-        lower = jnp.full(num_terms, settings.floor, weights.dtype)
-        upper = jnp.full(num_terms, settings.ceiling, weights.dtype)
-        # shares of what the reference weights cost: no common factor, only ratios, move
-        budget = jnp.sum(prices.cost, axis=0) - lower @ prices.cost
-        shares = spend(
-            jnp.asarray(given, weights.dtype),
-            lower=lower,
-            upper=upper,
-            row_budget=jnp.maximum(budget, 0),
-            policy="fair",
-        ).weights
-        aim = jnp.where(price > 0, jnp.log(shares), state.log_weights)
-        ema = jnp.asarray(settings.ema, weights.dtype)
-        return (1 - ema) * state.log_weights + ema * aim, state.scores
-    worth = _worth(settings.value, terms.gradients)
-    fresh = jnp.where(jnp.all(state.scores == 0), 1, settings.ema)
-    scores = fresh * worth / jnp.where(price > 0, price, 1) + (1 - fresh) * state.scores
-    lower = jnp.maximum(settings.floor, (1 - settings.max_step_change) * weights)
-    upper = jnp.minimum(settings.ceiling, (1 + settings.max_step_change) * weights)
-    upper = jnp.maximum(upper, lower)
-    target = settings.target * prices.limit
-    if scale_free:
-        budget = jnp.maximum(jnp.sum(prices.cost, axis=0) - lower @ prices.cost, 0)
-    else:
-        # the sum over terms over-counts the sharpness of the sum
-        claimed = weights @ prices.cost
-        true_share = prices.row_sharpness / jnp.where(claimed > 0, claimed, 1)
-        at_lower = true_share * (lower @ prices.cost)
-        budget = row_budgets(target, at_lower, settings.budget_fraction)
-        budget = budget / jnp.where(true_share > 0, true_share, 1)
-    spent = spend(scores * price, lower=lower, upper=upper, row_budget=budget, policy="greedy")
-    return jnp.log(spent.weights), scores
+    params: Any,
+    batch: Batch,
+    seen: Incoming,
+    due: jax.Array,
+    blind: bool,
+) -> _Decision:
+    """Price what is in turn, and move the weights, where that is due."""
+    losses, settings = wiring.losses, wiring.settings
+    info = state.info
+    kept = _Decision(
+        Measured(known_prices(state), state.vectors, state.turn, state.misses),
+        state.log_weights,
+        state.scores,
+        info.balance_residual,
+        info.interaction_ratio,
+        state.reported,
+    )
+    if blind or not state.weights.size:
+        return kept
+    probe = wiring.probe(params)
+    adaptive = settings.metric is not None or probe.adaptive
+    warmup = settings.warmup if settings.warmup >= 0 else ADAPTIVE_WARMUP if adaptive else 0
+
+    def look() -> _Decision:
+        plain = seen.reweighted(state.weights)
+        root = inverse_root_of(settings, probe, state, params)
+        sight = Sight(params, batch, root, plain, seen.gradients)
+        measured = measure(losses, settings, state, sight)
+        prices = measured.prices._replace(limit=limit_of(settings, probe, state))
+        log_weights, scores = decide(
+            settings, adaptive or not probe.known, state, seen.gradients, prices
+        )
+        foreign = is_foreign(seen.fit)
+        if settings.reweights:
+            alarm = partial(jax.debug.callback, report, seen.fit)
+            jax.lax.cond(foreign & ~state.reported, alarm, lambda: None)
+        balance, ratio = info.balance_residual, info.interaction_ratio
+        if seen.gradients is not None:
+            balance, ratio = balance_residual(seen.gradients), interaction_ratio(seen.gradients)
+        measured = measured._replace(prices=prices)
+        reported = state.reported | foreign
+        return cast_like(_Decision(measured, log_weights, scores, balance, ratio, reported), kept)
+
+    found: _Decision = when(due & (state.count >= warmup), look, lambda: kept)
+    return found
 
 
-def _grad_norm(stacked: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.abs(stacked) ** 2, axis=1)
+def _judge(
+    wiring: _Wiring,
+    state: TrainingState,
+    params: Any,
+    batch: Batch,
+    due: jax.Array,
+    blind: bool,
+) -> _Judgement:
+    """Compare with the anchor, where that is due."""
+    settings, watch = wiring.settings, state.watch
+    kept = _Judgement(watch, jnp.zeros((), bool), state.info.losses)
+    if blind or settings.guard is None:
+        return kept
+
+    def values(at: Any) -> jax.Array:
+        found = settings.mean(wiring.losses.values(at, *batch.args, **batch.kwargs))
+        return found.astype(state.weights.dtype)
+
+    def look() -> _Judgement:
+        anchor_params, _ = watch.anchor
+        here, there = values(params), values(anchor_params)
+        info = state.info
+        known = (info.sharpness > 0) & (info.limit < highest(info.limit.dtype))
+        safe = settings.target * info.limit / jnp.where(known, info.sharpness, 1)
+        verdict: Verdict = judge(
+            watch,
+            jnp.vdot(state.weights, here),
+            jnp.vdot(state.weights, there),
+            jnp.where(known, jnp.minimum(safe, 1), 1),
+        )
+        anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
+        here = jnp.where(jnp.isfinite(here), here, info.losses)
+        found = _Judgement(verdict.watch._replace(anchor=anchor), verdict.rewind, here)
+        return cast_like(found, kept)
+
+    found: _Judgement = when(due & (state.count > 0), look, lambda: kept)
+    return found
 
 
-def _alignment(stacked: jax.Array) -> jax.Array:
-    return jnp.real(stacked @ jnp.conj(jnp.sum(stacked, axis=0)))
+def _in_force(settings: Settings, state: TrainingState, log_weights: jax.Array) -> jax.Array:
+    keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
+    return jnp.exp(keep * log_weights)
 
 
-WORTHS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "grad_norm": _grad_norm,
-    "alignment": _alignment,
-}
-"""What a unit of a loss's weight is worth, from its gradients [K, size], leaf by leaf."""
+def _weighted_args(
+    losses: Losses,
+    batch: Batch,
+    weights: jax.Array,
+    seen: Incoming,
+    gradient: Any,
+    extra_args: dict[str, Any],
+) -> dict[str, Any]:
+    """What a line search inside is told, of the objective that is in force."""
+    known: dict[str, Any] = {"grad": gradient}
+    if seen.values is not None:
+        known["value"] = jnp.vdot(weights, seen.values.astype(weights.dtype))
+
+    def value_fn(params: Any) -> jax.Array:
+        values = losses.values(params, *batch.args, **batch.kwargs)
+        return jnp.vdot(weights.astype(values.dtype), values)
+
+    known["value_fn"] = value_fn
+    return extra_args | {name: what for name, what in known.items() if name in extra_args}
 
 
-def _worth(value: str, gradients: Any) -> jax.Array:
-    parts = [WORTHS[value](g.reshape(g.shape[0], -1)) for g in jax.tree.leaves(gradients)]
-    return jnp.sum(jnp.stack(parts), axis=0)
+class _Factors(NamedTuple):
+    guard: jax.Array  # []
+    gains: jax.Array  # [R]
+    sharpness: jax.Array  # [] under the weights in force
+    rows: jax.Array  # [R]
 
 
-def _factors(
-    settings: TrainingSettings,
-    prices: _Prices,
-    sharpness: jax.Array,
-    drift: jax.Array,
-    watch: _Watch,
-) -> tuple[jax.Array, jax.Array]:
-    """Guard [] and row gains [R]."""
-    guard = jnp.ones_like(sharpness)
-    known = jnp.isfinite(prices.limit) & (sharpness > 0) & jnp.isfinite(sharpness)
-    if settings.guard is not None:
-        tight = jnp.minimum(watch.headroom, settings.target)
-        multiple = jnp.where(watch.recovering | watch.unwatched, tight, watch.headroom)
-        over = multiple * prices.limit / jnp.where(known, sharpness, 1)
-        guard = jnp.where(known, jnp.minimum(1, over), 1)
-    gains = jnp.ones_like(prices.row_sharpness)
+def _factors(settings: Settings, state: TrainingState, decision: _Decision) -> _Factors:
+    """What scales the step."""
+    prices = decision.measured.prices
+    # weights moved since the sum was measured: scale its sharpness with the total cost
+    before, after = (
+        jnp.vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
+        for w in (state.log_weights, decision.log_weights)
+    )
+    drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
+    sharpness, rows = prices.sharpness * drift, prices.row_sharpness * drift
+    limited = (prices.limit < highest(prices.limit.dtype)) & (sharpness > 0)
+    guard = state.watch.backoff
+    if settings.guard is not None and not isinstance(settings.guard, str):
+        over = settings.guard * prices.limit / jnp.where(limited, sharpness, 1)
+        guard = guard * jnp.where(limited, jnp.minimum(1, over), 1)
+    gains = jnp.ones_like(rows)
     if settings.row_gains:
-        rows = prices.row_sharpness * drift
-        usable = known & (rows > 0)
+        usable = limited & (rows > 0)
         gains = jnp.where(usable, settings.target * prices.limit / jnp.where(usable, rows, 1), 1)
         gains = jnp.clip(gains, 1 / settings.max_gain, settings.max_gain)
-    return guard, gains
+    return _Factors(guard, gains, sharpness, rows)
 
 
-def _scale(
-    move: Any, guard: jax.Array, gains: jax.Array, labels: list[int], healthy: jax.Array
-) -> Any:
+def _scaled(move: Any, factors: _Factors, params: Any, blocks: Blocks) -> Any:
     treedef: Any
     leaves, treedef = jax.tree.flatten(move)
-    factors = [guard * gains[label] for label in labels]
+    labels, _ = label_blocks(params, blocks)
+    both = zip(leaves, labels, strict=True)
     scaled = [
-        jnp.where(healthy, leaf * factor.astype(jnp.real(leaf).dtype), 0).astype(leaf.dtype)
-        for leaf, factor in zip(leaves, factors, strict=True)
+        (leaf * (factors.guard * factors.gains[label]).astype(leaf.dtype)).astype(leaf.dtype)
+        for leaf, label in both
     ]
     return treedef.unflatten(scaled)
 
 
-def _mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:
-    mix = mix.astype(stacked.dtype)
-    if stacked.shape[0] > UNROLLED:
-        return jnp.tensordot(mix, stacked, axes=1)
-    # unlike a product of matrices this fuses with what comes next
-    parts = [mix[k] * stacked[k] for k in range(stacked.shape[0])]
-    return sum(parts[1:], parts[0])
+def _settled(
+    state: TrainingState,
+    params: Any,
+    judged: _Judgement,
+    healthy: jax.Array,
+    move: Any,
+    base_state: Any,
+) -> tuple[Any, Any]:
+    """The update and the base optimizer's state: as they are, none, or back to the anchor."""
+    nothing = jax.tree.map(jnp.zeros_like, move), state.base_state
+    move, base_state = select(healthy, (move, base_state), nothing)
+    if not judged.watch.anchor:
+        return move, base_state
+    there, base_there = judged.watch.anchor
+    back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), there, params, move)
+    settled: tuple[Any, Any] = select(judged.rewind, (back, base_there), (move, base_state))
+    return settled
+
+
+def _next_wait(
+    settings: Settings,
+    state: TrainingState,
+    judged: _Judgement,
+    measured: Measured,
+    healthy: jax.Array,
+    due: jax.Array,
+    blind: bool,
+) -> jax.Array:
+    """Updates until the next look: soon at first, and where the last one left something open."""
+    watch = judged.watch
+    interval = jnp.asarray(settings.every, jnp.int32)
+    if settings.guard is not None and not blind:
+        interval = jnp.minimum(interval, 2 ** jnp.minimum(watch.checks, 2 * LEARNING))
+    open_ = (watch.suspect > 0) | (measured.misses > 0)
+    wait = jnp.where(due, interval - 1, jnp.maximum(state.wait - healthy, 0))
+    return jnp.where(judged.rewind, 1, jnp.where(open_, 0, wait))
+
+
+def _info(
+    settings: Settings,
+    state: TrainingState,
+    seen: Incoming,
+    decision: _Decision,
+    judged: _Judgement,
+    healthy: jax.Array,
+    weights: jax.Array,
+    factors: _Factors,
+) -> TrainingInfo:
+    prices = decision.measured.prices
+    top = highest(prices.limit.dtype)
+    limited = prices.limit < top
+    paid = weights * jnp.sum(prices.cost, axis=1)
+    everything = jnp.sum(paid)
+    even = 1 / max(paid.size, 1)
+    losses = judged.losses
+    if seen.values is not None:
+        losses = jnp.where(jnp.isfinite(seen.values), seen.values, losses)
+    margin = settings.target * prices.limit - factors.rows
+    return TrainingInfo(
+        losses=losses,
+        cost=prices.cost,
+        share=jnp.where(everything > 0, paid / jnp.where(everything > 0, everything, 1), even),
+        response=prices.response,
+        sharpness=factors.sharpness,
+        limit=prices.limit,
+        sharpness_ratio=jnp.where(limited, factors.sharpness / prices.limit, 0),
+        row_sharpness=factors.rows,
+        margin_rows=jnp.where(limited, margin, top),
+        guard=factors.guard,
+        gains=factors.gains,
+        fit=seen.fit,
+        rewinds=state.info.rewinds + judged.rewind,
+        balance_residual=decision.balance_residual,
+        interaction_ratio=decision.interaction_ratio,
+        accepted=healthy & ~judged.rewind,
+        skipped=state.info.skipped + ~healthy,
+    )
 
 
 def _times(weights: jax.Array, stacked: jax.Array) -> jax.Array:
     return weights.astype(stacked.dtype).reshape(-1, *(1,) * (stacked.ndim - 1)) * stacked
-
-
-def _of_gradients(measure: Callable[[Any], jax.Array], gradients: Any) -> jax.Array:
-    return jnp.asarray(jnp.nan) if gradients is None else measure(gradients)
-
-
-def _finite(updates: Any, stacked: Any) -> jax.Array:
-    """Whether every number is; what overflows in their sum counts as infinite."""
-    total = updates
-    if stacked is not None:
-        total = jax.tree.map(lambda u, g: u + _mixed(jnp.ones(g.shape[0]), g), updates, stacked)
-    # zeros, or NaN: a sum of floats is one fused pass, which a reduction of booleans is not
-    return sum((jnp.sum(0 * leaf) for leaf in jax.tree.leaves(total)), jnp.zeros(())) == 0
 
 
 def _check_term_grads(term_grads: Any, params: Any, num_terms: int) -> None:
@@ -662,8 +645,40 @@ def _check_term_grads(term_grads: Any, params: Any, num_terms: int) -> None:
     for (path, stacked), leaf in zip(
         jax.tree_util.tree_leaves_with_path(term_grads), jax.tree.leaves(params), strict=True
     ):
-        if stacked.shape != (num_terms, *leaf.shape):
+        if stacked.shape != (num_terms, *jnp.shape(leaf)):
             raise ValueError(
                 f"term_grads{jax.tree_util.keystr(path)} has shape {stacked.shape}, expected "
-                f"{(num_terms, *leaf.shape)}: one gradient for each of the {num_terms} losses"
+                f"{(num_terms, *jnp.shape(leaf))}: one gradient for each of the {num_terms} losses"
             )
+
+
+def _check(settings: Settings) -> None:
+    for name, found, known in (
+        ("policy", settings.policy, POLICIES),
+        ("curvature", settings.curvature, PRODUCTS),
+        ("value", settings.value, WORTHS),
+    ):
+        if found not in known:
+            raise ValueError(f"{name} = {found!r} is unknown: choose from {', '.join(known)}")
+    guard = settings.guard
+    if isinstance(guard, str) and guard != "divergence":
+        raise ValueError(
+            f"guard = {guard!r} is not for losses: choose 'divergence', a multiple of the limit, "
+            "or None"
+        )
+    if guard is not None and not isinstance(guard, str):
+        check_positive("guard", guard)
+    if settings.limit is not None and not callable(settings.limit):
+        check_positive("limit", settings.limit)
+    for name in ("every", "iterations"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} = {getattr(settings, name)} must be at least 1")
+    if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
+        raise ValueError(f"priorities = {settings.priorities} must be positive")
+    for name in ("floor", "ceiling", "max_gain"):
+        check_positive(name, getattr(settings, name))
+    low, high = settings.floor, settings.ceiling
+    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+        raise ValueError(f"floor = {low} must not exceed ceiling = {high}")
+    for name in ("budget_fraction", "max_step_change", "ema", "target"):
+        check_fraction(name, getattr(settings, name))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import float_dtype
+from smallgain_jax._tree import placed_like, safe_norm
 
 Product = Callable[[Any], Any]
 """v -> H v, on pytrees shaped like the parameters."""
@@ -24,14 +25,22 @@ Blocks = str | Callable[[tuple[Any, ...]], str] | None
 
 
 def power_iteration(
-    product: Product, vector: Any, root: Any, labels: Sequence[int], iterations: jax.Array | int
+    product: Product,
+    vector: Any,
+    inverse_root: Any,
+    labels: Sequence[int],
+    iterations: jax.Array | int,
 ) -> tuple[jax.Array, Any]:
     r"""Largest curvature of every block of parameters, from below, and the vector for next time.
+
+    Norms are taken relative to the largest entry, so that curvatures from 1e-30 to 1e30 neither
+    vanish nor overflow in float32.
 
     Args:
       product: v -> H v.
       vector: pytree like the parameters, each block of unit norm; start from the last call's.
-      root: $P^{1/2}$, shaped like the parameters; None for the identity.
+      inverse_root: $P^{-1/2}$, shaped like the parameters or by scalars; 0 where a parameter does
+        not move and must not count; None for the identity.
       labels: the block 0..R-1 of each leaf.
       iterations: how many, int >= 1; may be traced.
 
@@ -48,17 +57,13 @@ def power_iteration(
     treedef: Any
     leaves, treedef = jax.tree.flatten(vector)
     dtype = float_dtype(*leaves)
-    roots = [None] * len(leaves) if root is None else treedef.flatten_up_to(root)
+    roots = [None] * len(leaves) if inverse_root is None else treedef.flatten_up_to(inverse_root)
 
     def scaled(tree: list[jax.Array]) -> list[jax.Array]:
         return [
-            leaf if r is None else leaf / r.astype(leaf.dtype)
+            leaf if r is None else leaf * jnp.asarray(r, leaf.dtype)
             for leaf, r in zip(tree, roots, strict=True)
         ]
-
-    def norm(tree: list[jax.Array]) -> jax.Array:
-        squares = [jnp.sum(jnp.abs(leaf.astype(dtype)) ** 2) for leaf in tree]
-        return jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 
     def one_block(r: jax.Array, now: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
         inside = [jnp.asarray(label) == r for label in labels]
@@ -66,13 +71,12 @@ def power_iteration(
         image = jax.tree.leaves(product(treedef.unflatten(scaled(own))))
         image = scaled([y.astype(leaf.dtype) for y, leaf in zip(image, now, strict=True)])
         image = [jnp.where(here, y, 0) for here, y in zip(inside, image, strict=True)]
-        length = norm(own)
-        curvature = norm(image) / jnp.where(length > 0, length, 1)
+        length, size = safe_norm(own, dtype), safe_norm(image, dtype)
+        curvature = size / jnp.where(length > 0, length, 1)
         usable = jnp.isfinite(curvature) & (curvature > 0)
-        size = norm(image)
-        factor = 1 / jnp.where(usable, size, 1)
+        whole = jnp.where(usable, size, 1)
         moved = [
-            jnp.where(here & usable, y * factor.astype(y.dtype), leaf)
+            jnp.where(here & usable, y / whole.astype(y.dtype), leaf)
             for here, y, leaf in zip(inside, image, now, strict=True)
         ]
         return moved, curvature
@@ -92,18 +96,20 @@ def power_iteration(
 
 
 def random_vector(seed: int, params: Any) -> Any:
-    """A start for `power_iteration`: normal entries, at least float32, scaled to unit norm."""
+    """A start for `power_iteration`: normal entries, at least float32, of about unit norm.
+
+    Each leaf lies where the parameter of its place lies.
+    """
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
     keys = [jax.random.fold_in(jax.random.key(seed), k) for k in range(len(leaves))]
-    size = sum(int(np.prod(leaf.shape)) for leaf in leaves) or 1
-    return treedef.unflatten(
-        [
-            jax.random.normal(key, leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32))
-            / np.sqrt(size)
-            for key, leaf in zip(keys, leaves, strict=True)
-        ]
-    )
+    size = sum(int(np.prod(np.shape(leaf))) for leaf in leaves) or 1
+
+    def start(key: jax.Array, leaf: Any) -> jax.Array:
+        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        return placed_like(jax.random.normal(key, np.shape(leaf), dtype) / np.sqrt(size), leaf)
+
+    return treedef.unflatten([start(*pair) for pair in zip(keys, leaves, strict=True)])
 
 
 def label_blocks(params: Any, blocks: Blocks) -> tuple[list[int], list[str]]:

@@ -1,0 +1,149 @@
+r"""What an optimizer is handed, set against the gradient of the plain sum.
+
+A transformation does not know what was done to its updates u before. Only what it computed itself
+may be combined with the gradients of the terms. Leaf by leaf, u is set against the gradient
+$g = \sum_k \nabla e_k$ that is computed here: what is a multiple of it (clipping by norm, scaling, a
+mean over K, a frozen leaf) takes over the factor $c = \langle u, g \rangle / \langle g, g \rangle$,
+
+$$ u + c \sum_k (w_k - 1) \nabla e_k , $$
+
+and where u is something else (clipped entry by entry, averaged over steps, another loss), it is left
+as it is: no reweighting, no harm, and a report.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from smallgain_jax.losses.losses import Batch, Losses, check_params
+from smallgain_jax.losses.prices import mixed
+from smallgain_jax.losses.state import Settings
+
+FOREIGN = 0.05
+"""Part of the updates that may be no multiple of the gradient: rounding, or a little weight decay."""
+
+
+class Given(NamedTuple):
+    """What the caller knows of the losses."""
+
+    term_grads: Any
+    term_values: Any
+    weighted: bool
+
+
+class Incoming(NamedTuple):
+    """The losses at the parameters to first order, and what was handed in."""
+
+    values: jax.Array | None  # [K]; None where nothing evaluated them
+    gradients: Any  # [K, ...]; None unless needed
+    reweighted: Callable[[jax.Array], Any]  # weights [K] -> gradient for the base optimizer
+    fit: jax.Array  # [] cosine between what was handed in and the plain gradient
+
+
+def observe(
+    losses: Losses,
+    settings: Settings,
+    updates: Any,
+    params: Any,
+    batch: Batch,
+    given: Given,
+    per_term: bool,
+    num_terms: int,
+) -> Incoming:
+    """Look at the losses to first order, with as few passes as the policy needs."""
+    values = given.term_values
+    one = jnp.ones(())
+    if given.weighted or not (settings.reweights or per_term):
+        # by the weights it was handed, which move too slowly for one update to matter
+        return Incoming(values, given.term_grads, lambda _: updates, one)
+    grads = given.term_grads
+    if grads is None:
+        check_params(params)
+    if grads is None and per_term:
+        values, grads = settings.mean(
+            losses.value_and_term_grads(params, *batch.args, **batch.kwargs)
+        )
+    if grads is not None:
+        total = lambda mix: jax.tree.map(partial(mixed, mix), grads)  # noqa: E731
+    else:
+        # one backward pass for the mixture, however many losses there are; that of the plain sum
+        # is the caller's own, which the compiler does not evaluate twice
+        found, pull = jax.vjp(lambda p: losses.values(p, *batch.args, **batch.kwargs), params)
+        values = settings.mean(found)
+        total = lambda mix: settings.mean(pull(mix.astype(found.dtype))[0])  # noqa: E731
+    plain = total(jnp.ones(num_terms))
+    factors, fit = compare(updates, plain)
+
+    def reweighted(weights: jax.Array) -> Any:
+        def leaf(u: jax.Array, factor: jax.Array, more: jax.Array) -> jax.Array:
+            return (u + factor.astype(more.dtype) * more).astype(u.dtype)
+
+        return jax.tree.map(leaf, updates, factors, total(weights - 1))
+
+    return Incoming(values, grads, reweighted, fit)
+
+
+def compare(updates: Any, plain: Any) -> tuple[Any, jax.Array]:
+    """The factor [] of each leaf (0 for all where `updates` are foreign), and the cosine.
+
+    >>> factors, fit = compare([jnp.array([1.0, 2.0])], [jnp.array([2.0, 4.0])])
+    >>> factors[0].item(), round(fit.item(), 6)
+    (0.5, 1.0)
+    """
+    dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(plain)))
+
+    def leaf(u: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        u, g = u.astype(dtype), g.astype(dtype)
+        # relative to the largest entry: squares of gradients of 1e20 leave the range of float32
+        top = jnp.max(jnp.abs(g), initial=0.0)
+        scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        size = jnp.sum((g / scale) ** 2)
+        factor = jnp.sum((g / scale) * (u / scale)) / jnp.where(size > 0, size, 1)
+        return (
+            factor,
+            jnp.max(jnp.abs(u - factor * g), initial=0.0),
+            jnp.max(jnp.abs(u), initial=0.0),
+        )
+
+    structure = jax.tree.structure(plain)
+    parts = [
+        leaf(*pair) for pair in zip(jax.tree.leaves(updates), jax.tree.leaves(plain), strict=True)
+    ]
+    if not parts:
+        return plain, jnp.ones((), dtype)
+    factors = [part[0] for part in parts]
+    largest = jnp.max(jnp.stack([jnp.maximum(part[1], part[2]) for part in parts]))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+
+    def rest(u: jax.Array, g: jax.Array, factor: jax.Array) -> jax.Array:
+        return jnp.sum(((u.astype(dtype) - factor * g.astype(dtype)) / unit) ** 2)
+
+    pairs = list(zip(jax.tree.leaves(updates), jax.tree.leaves(plain), factors, strict=True))
+    foreign = sum(rest(*pair) for pair in pairs)
+    whole = sum(jnp.sum((u.astype(dtype) / unit) ** 2) for u, _, _ in pairs)
+    share = foreign / jnp.where(whole > 0, whole, 1)
+    fits = share <= FOREIGN**2
+    kept = [jnp.where(fits, factor, 0) for factor in factors]
+    return jax.tree.unflatten(structure, kept), jnp.sqrt(jnp.clip(1 - share, 0, 1))
+
+
+def is_foreign(fit: jax.Array) -> jax.Array:
+    """Whether `compare` found something else than a multiple of the gradient."""
+    return fit < (1 - FOREIGN**2) ** 0.5
+
+
+def report(fit: Any) -> None:
+    """Warn, from the host."""
+    warnings.warn(
+        f"small_gain was handed updates that are no multiple of the gradient of the plain sum of "
+        f"its losses (cosine {float(fit):.3f}), so that it cannot reweight them and hands them on "
+        "as they are. Put whatever comes before it inside, as in "
+        "small_gain(optax.chain(optax.clip(1.0), optax.adam(1e-3)), losses); hand over the "
+        "gradient of the sum of these very losses on term_args; or say weighted=True for the "
+        "gradient of the sum by state.weights.",
+        stacklevel=2,
+    )

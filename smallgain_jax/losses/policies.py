@@ -1,0 +1,104 @@
+r"""Rules for the weights of losses, from their prices.
+
+`reference` leaves them at 1. `fair` moves them towards equal (or prioritized) shares of the total
+cost, proportional fairness (Kelly, Maulloo and Tan 1998). `greedy` raises and sheds by score.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from smallgain_jax.allocation.knapsack import allocate
+from smallgain_jax.limits.closed_forms import row_budgets
+from smallgain_jax.losses.prices import Prices
+from smallgain_jax.losses.state import Settings, TrainingState
+
+POLICIES = ("reference", "fair", "greedy")
+
+
+def decide(
+    settings: Settings, scale_free: bool, state: TrainingState, gradients: Any, prices: Prices
+) -> tuple[jax.Array, jax.Array]:
+    """Logarithms of the new weights [K], and scores [K]."""
+    if settings.policy == "fair":
+        return _fair(settings, state, prices), state.scores
+    if settings.policy == "greedy":
+        return _greedy(settings, scale_free, state, gradients, prices)
+    return state.log_weights, state.scores
+
+
+def _spend(settings: Settings, cost: jax.Array) -> Callable[..., Any]:
+    touched = jnp.broadcast_to(jnp.arange(cost.shape[1]), cost.shape)
+    return partial(allocate, cost=cost, rows=touched, rounds=settings.rounds)
+
+
+def _fair(settings: Settings, state: TrainingState, prices: Prices) -> jax.Array:
+    cost = prices.cost
+    num_terms = cost.shape[0]
+    given = (1.0,) * num_terms if settings.priorities is None else settings.priorities
+    lower = jnp.full(num_terms, settings.floor, cost.dtype)
+    upper = jnp.full(num_terms, settings.ceiling, cost.dtype)
+    # shares of what the reference weights cost: no common factor, only ratios, move
+    budget = jnp.sum(cost, axis=0) - lower @ cost
+    shares = _spend(settings, cost)(
+        jnp.asarray(given, cost.dtype),
+        lower=lower,
+        upper=upper,
+        row_budget=jnp.maximum(budget, 0),
+        policy="fair",
+    ).weights
+    aim = jnp.where(jnp.sum(cost, axis=1) > 0, jnp.log(shares), state.log_weights)
+    # a share that does not answer to its weight asks for more of it for ever
+    pace = jnp.asarray(settings.ema, cost.dtype) * prices.response
+    return state.log_weights + pace * (aim - state.log_weights)
+
+
+def _greedy(
+    settings: Settings, scale_free: bool, state: TrainingState, gradients: Any, prices: Prices
+) -> tuple[jax.Array, jax.Array]:
+    weights = jnp.exp(state.log_weights)
+    price = jnp.sum(prices.cost, axis=1)
+    worth = worth_of(settings.value, gradients)
+    fresh = jnp.where(jnp.all(state.scores == 0), 1, settings.ema)
+    scores = fresh * worth / jnp.where(price > 0, price, 1) + (1 - fresh) * state.scores
+    lower = jnp.maximum(settings.floor, (1 - settings.max_step_change) * weights)
+    upper = jnp.minimum(settings.ceiling, (1 + settings.max_step_change) * weights)
+    upper = jnp.maximum(upper, lower)
+    if scale_free:
+        budget = jnp.maximum(jnp.sum(prices.cost, axis=0) - lower @ prices.cost, 0)
+    else:
+        # the sum over terms over-counts the sharpness of the sum
+        claimed = weights @ prices.cost
+        true_share = prices.row_sharpness / jnp.where(claimed > 0, claimed, 1)
+        at_lower = true_share * (lower @ prices.cost)
+        target = settings.target * prices.limit
+        budget = row_budgets(target, at_lower, settings.budget_fraction)
+        budget = budget / jnp.where(true_share > 0, true_share, 1)
+    spent = _spend(settings, prices.cost)(
+        scores * price, lower=lower, upper=upper, row_budget=budget, policy="greedy"
+    )
+    return jnp.log(spent.weights), scores
+
+
+def _grad_norm(stacked: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.abs(stacked) ** 2, axis=1)
+
+
+def _alignment(stacked: jax.Array) -> jax.Array:
+    return jnp.real(stacked @ jnp.conj(jnp.sum(stacked, axis=0)))
+
+
+WORTHS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "grad_norm": _grad_norm,
+    "alignment": _alignment,
+}
+"""What a unit of a loss's weight is worth, from its gradients [K, size], leaf by leaf."""
+
+
+def worth_of(value: str, gradients: Any) -> jax.Array:
+    """Value [K] of a unit of each weight, from the gradients [K, ...] of the losses."""
+    parts = [WORTHS[value](g.reshape(g.shape[0], -1)) for g in jax.tree.leaves(gradients)]
+    return jnp.sum(jnp.stack(parts), axis=0)

@@ -1,0 +1,105 @@
+r"""Whether training has lost its way, told by the loss at two points on one batch.
+
+Losses of different batches differ by noise, and their ratios mean nothing where a loss may be
+negative or start at zero. So the present parameters are compared with an anchor, where training
+stood a while ago, **on the same batch**: constants added to a loss, the noise of its batches and a
+change of the objective cancel. What counts as a rise is measured by the typical difference between
+the two, a moving average of $|F(\theta) - F(\theta_{anchor})|$.
+
+A rise of more than `OUT` typical differences that a second batch confirms is a rout: parameters
+and base optimizer go back to the anchor, and steps are a quarter as long from then on, which fades
+by 0.1 % an update. Momentum that was built up on the way out goes with them, which no factor on the
+step can achieve.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from smallgain_jax._tree import select, zero_count
+
+OUT = 10.0
+"""Typical differences beyond which a rise is no ordinary one: losses have tails like exp(-x)."""
+USUAL = 3.0
+"""Typical differences beyond which one counts as so many: the scale may not follow a divergence."""
+ROUNDING = 32
+"""Units in the last place of the loss that a difference must exceed to be one."""
+CONFIRMED = 2
+"""Checks in a row that must find such a rise: one batch may be an outlier."""
+LEARNING = 5
+"""Checks that set the scale of differences; where all of them rise there is no scale to learn."""
+FOLLOW = 0.1
+"""Weight of the newest difference in the typical one."""
+REGROWTH = 1.001
+"""Per update: a quarter of a step is whole again after 1,387."""
+
+
+class WatchState(NamedTuple):
+    """What is remembered between two checks."""
+
+    anchor: Any  # (params, base_state) where training stood; () for none
+    typical: jax.Array  # [] difference of the total loss between anchor and now
+    checks: jax.Array  # [] int32, since the scale was last learnt anew
+    rises: jax.Array  # [] int32, of these, all from the first on
+    suspect: jax.Array  # [] int32, checks in a row that found a rise beyond `OUT`
+    backoff: jax.Array  # [] factor on steps, in (0, 1]
+
+
+class Verdict(NamedTuple):
+    """What a check concludes."""
+
+    watch: WatchState  # with the anchor still where it was
+    rewind: jax.Array  # [] bool, go back to the anchor
+    advance: jax.Array  # [] bool, the anchor moves here
+
+
+def first_watch(params: Any, base_state: Any, dtype: Any, on: bool) -> WatchState:
+    """Before the first update; the anchor is a copy, for what it copies may be donated."""
+    anchor = jax.tree.map(jnp.array, (params, base_state)) if on else ()
+    zero = jnp.zeros((), dtype)
+    return WatchState(anchor, zero, zero_count(), zero_count(), zero_count(), jnp.ones((), dtype))
+
+
+def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array) -> Verdict:
+    """Compare the total loss here with that at the anchor, both on one batch.
+
+    Args:
+      watch: the state so far.
+      here: F at the present parameters [], possibly not finite.
+      there: F at the anchor [], on the same batch.
+      safe: [] a factor at which the base optimizer is known to be stable; 1 where none is known.
+    """
+    known = jnp.isfinite(there)
+    lost = known & ~jnp.isfinite(here)
+    rise = jnp.where(known & ~lost, here - there, 0)
+    ulp = ROUNDING * jnp.finfo(there.dtype).eps
+    rise = jnp.where(jnp.abs(rise) > ulp * jnp.where(known, jnp.abs(there), 0), rise, 0)
+    learning = watch.checks < LEARNING
+    rises = jnp.where(learning & (rise > 0), watch.rises + 1, watch.rises)
+    beyond = lost | ((watch.typical > 0) & (rise > OUT * watch.typical))
+    suspect = jnp.where(beyond, watch.suspect + 1, 0)
+    climbing = learning & (watch.checks == LEARNING - 1) & (rises == LEARNING)
+    rewind = (suspect >= CONFIRMED) | climbing
+    usual = known & ~beyond & ~rewind
+
+    size = jnp.abs(rise)
+    followed = watch.typical + FOLLOW * (jnp.minimum(size, USUAL * watch.typical) - watch.typical)
+    typical = jnp.where(learning, jnp.maximum(watch.typical, size), followed)
+    shorter = jnp.minimum(watch.backoff / 4, safe)
+    after = WatchState(
+        anchor=watch.anchor,
+        typical=jnp.where(rewind, 0, jnp.where(usual, typical, watch.typical)),
+        checks=jnp.where(rewind, 0, watch.checks + usual),
+        rises=jnp.where(rewind, 0, rises),
+        suspect=jnp.where(rewind, 0, jnp.where(known, suspect, watch.suspect)),
+        backoff=jnp.where(rewind, shorter, watch.backoff),
+    )
+    after = select(known, after, watch)
+    advance = usual & ((rise <= 0) | (~learning & (rise <= watch.typical)))
+    return Verdict(after, known & rewind, advance)
+
+
+def regrown(watch: WatchState) -> WatchState:
+    """One update later."""
+    return watch._replace(backoff=jnp.minimum(REGROWTH * watch.backoff, 1))
