@@ -40,6 +40,7 @@ from smallgain_jax.losses.balance import interaction_ratio as interaction_ratio
 from smallgain_jax.losses.losses import Losses as Losses
 from smallgain_jax.losses.losses import terms as terms
 from smallgain_jax.losses.sharpness import sharpness as sharpness
+from smallgain_jax.losses.training import train_step as train_step
 from smallgain_jax.losses.two_phase import BalanceNewtonInfo as BalanceNewtonInfo
 from smallgain_jax.losses.two_phase import BalanceNewtonState as BalanceNewtonState
 from smallgain_jax.losses.two_phase import SmallestCurvature as SmallestCurvature
@@ -177,6 +178,7 @@ __all__ = [
     "telemetry",
     "terms",
     "throttle",
+    "train_step",
     "two_phase",
     "validation",
 ]

@@ -52,15 +52,16 @@ def observe(
     batch: Batch,
     given: Given,
     per_term: bool,
-    num_terms: int,
+    weights: jax.Array,
 ) -> Incoming:
     """Look at the losses to first order, with as few passes as the policy needs."""
     values = given.term_values
     one = jnp.ones(())
-    if given.weighted or not (settings.reweights or per_term):
-        # by the weights it was handed, which move too slowly for one update to matter
-        return Incoming(values, given.term_grads, lambda _: updates, one)
     grads = given.term_grads
+    own = per_term or (settings.reweights and not (given.weighted and grads is None))
+    if not own:
+        # the weights it was handed move too slowly for one update to matter
+        return Incoming(values, grads, lambda _: updates, one)
     if grads is None:
         check_params(params)
     if grads is None and per_term:
@@ -75,14 +76,14 @@ def observe(
         found, pull = jax.vjp(lambda p: losses.values(p, *batch.args, **batch.kwargs), params)
         values = settings.mean(found)
         total = lambda mix: settings.mean(pull(mix.astype(found.dtype))[0])  # noqa: E731
-    plain = total(jnp.ones(num_terms))
-    factors, fit = compare(updates, plain)
+    handed = weights if given.weighted else jnp.ones_like(weights)
+    factors, fit = compare(updates, total(handed))
 
     def reweighted(weights: jax.Array) -> Any:
         def leaf(u: jax.Array, factor: jax.Array, more: jax.Array) -> jax.Array:
             return (u + factor.astype(more.dtype) * more).astype(u.dtype)
 
-        return jax.tree.map(leaf, updates, factors, total(weights - 1))
+        return jax.tree.map(leaf, updates, factors, total(weights - handed))
 
     return Incoming(values, grads, reweighted, fit)
 

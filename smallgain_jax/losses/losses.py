@@ -175,6 +175,12 @@ class Losses(eqx.Module):
                 "names must be given, as in terms(fn, names=('residual', 'boundary')): fn takes "
                 f"{missing!r} besides the parameters, so its terms cannot be counted beforehand"
             )
+        return self.names_of_batch(params, *args, **kwargs)
+
+    def names_of_batch(self, params: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+        """Names of the terms where all arguments are known."""
+        if self.names is not None:
+            return self.names
         found: list[tuple[str, ...]] = []
 
         def trace(p: Any) -> list[jax.Array]:

@@ -253,11 +253,12 @@ def _transformation(
     ) -> tuple[Any, TrainingState]:
         batch = Batch.of(term_args)
         at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
-        given = _checked(wiring, params, state, Given(term_grads, term_values, weighted))
+        given = _checked(params, state, Given(term_grads, term_values, weighted))
         blind = _is_blind(wiring, params, at)
-        num_terms = state.weights.shape[0]
 
-        seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, num_terms)
+        seen = observe(
+            losses, settings, updates, params, batch, given, wiring.per_term, state.weights
+        )
         healthy = _healthy(updates, seen, extra_args.get("value"))
         due = healthy & (state.wait <= 0)
         same = seen if curvature_args is None else seen._replace(gradients=None)
@@ -315,15 +316,10 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     return initial_state(wiring.base, params, len(names), settings, dtype)
 
 
-def _checked(wiring: _Wiring, params: Any, state: TrainingState, given: Given) -> Given:
+def _checked(params: Any, state: TrainingState, given: Given) -> Given:
     """What the caller gives, once it has been looked at."""
     if params is None:
         raise ValueError(PARAMS_NEEDED)
-    if given.weighted and (wiring.per_term or given.term_grads is not None):
-        raise ValueError(
-            "weighted: aggregators and policy 'greedy' look at the gradient of each loss, so "
-            "give the gradient of the plain sum; and never weighted together with term_grads"
-        )
     if given.term_grads is not None:
         _check_term_grads(given.term_grads, params, state.weights.shape[0])
     if given.term_values is None:

@@ -1,0 +1,433 @@
+"""`small_gain` in anybody's loop: whatever stands before it, inside it, after it, around it."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smallgain_jax as sg
+
+RATE = 1e-2
+
+
+def soft_and_stiff(x):
+    return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
+
+
+INPUTS = np.random.default_rng(0).normal(size=(32, 3))
+TARGETS = np.stack([np.sin(INPUTS.sum(1)), 0.1 * INPUTS[:, 0]], axis=1)
+
+
+def two_heads(params):
+    """A small network with a head of its own for each of two losses."""
+    x = jnp.asarray(INPUTS, params["w"].dtype)
+    y = jnp.asarray(TARGETS, params["w"].dtype)
+    out = jnp.tanh(x @ params["w"]) @ params["heads"] - y
+    return {"first": jnp.mean(out[:, 0] ** 2), "second": 30 * jnp.mean(out[:, 1] ** 2)}
+
+
+def network():
+    rng = np.random.default_rng(1)
+    return {
+        "w": jnp.asarray(0.5 * rng.normal(size=(3, 16)), float),
+        "heads": jnp.asarray(0.3 * rng.normal(size=(16, 2)), float),
+    }
+
+
+PROBLEMS = {"quadratics": (soft_and_stiff, lambda: jnp.ones(3)), "network": (two_heads, network)}
+
+
+def total(fn, x):
+    return sum(fn(x).values())
+
+
+def train(optimizer, fn, x, steps, of=lambda g: g):
+    """Parameters and state after training on `of` the gradient of the plain sum."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(carry, _):
+        x, state = carry
+        value, gradient = jax.value_and_grad(lambda x: total(fn, x))(x)
+        updates, state = optimizer.update(
+            of(gradient), state, x, value=value, grad=gradient, value_fn=lambda x: total(fn, x)
+        )
+        return (optax.apply_updates(x, updates), state), None
+
+    start = (x, optimizer.init(x))
+    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps)[0])(start)
+
+
+BEFORE = {
+    "clip_by_global_norm": lambda: optax.clip_by_global_norm(0.1),
+    "clip": lambda: optax.clip(0.01),
+    "adaptive_grad_clip": lambda: optax.adaptive_grad_clip(0.1),
+    "normalize": optax.normalize_by_update_norm,
+    "mean": lambda: optax.scale(0.5),
+    "trace": lambda: optax.trace(0.9),
+    "centralize": optax.centralize,
+    "decay": lambda: optax.add_decayed_weights(1e-3),
+    "scale_by_adam": optax.scale_by_adam,
+    "zero_nans": optax.zero_nans,
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("before", BEFORE)
+def test_the_default_behind_anything_is_the_plain_chain(problem, before):
+    fn, start = PROBLEMS[problem]
+    plain, _ = train(optax.chain(BEFORE[before](), optax.adam(RATE)), fn, start(), 400)
+    ours = optax.chain(BEFORE[before](), sg.small_gain(optax.adam(RATE), fn))
+    found, _ = train(ours, fn, start(), 400)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found, plain)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("problem", PROBLEMS)
+@pytest.mark.parametrize("before", BEFORE)
+def test_fair_shares_behind_anything_descend(problem, before):
+    """By its own objective, the weighted sum, and as far as the same chain put inside."""
+    fn, start = PROBLEMS[problem]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        behind = sg.small_gain(optax.adam(RATE), fn, policy="fair", warmup=10)
+        x, state = train(optax.chain(BEFORE[before](), behind), fn, start(), 1500)
+        jax.effects_barrier()
+    state = state[1]
+    assert state.info.rewinds == 0
+    weights = state.weights
+    here, there = (weights @ jnp.stack(list(fn(at).values())) for at in (x, start()))
+    assert here < there
+    inside = sg.small_gain(optax.adam(RATE), fn, policy="fair", warmup=10)
+    y, _ = train(inside, fn, start(), 1500)
+    plain, _ = train(optax.chain(BEFORE[before](), optax.adam(RATE)), fn, start(), 1500)
+    # what cannot be reweighted is the plain chain's, what can be is that of fair shares
+    assert total(fn, x) <= 1.1 * max(total(fn, y), total(fn, plain)) + 1e-6
+
+
+@pytest.mark.once
+def test_a_common_factor_is_taken_over_and_foreign_updates_are_reported():
+    def after(of, steps=1500):
+        optimizer = sg.small_gain(optax.sgd(1e-3), soft_and_stiff, policy="fair")
+        x, state = train(optimizer, soft_and_stiff, jnp.ones(2), steps, of)
+        jax.effects_barrier()
+        return x, state
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plain, _ = after(lambda g: g)
+        half, state = after(lambda g: 0.5 * g, 3000)
+    np.testing.assert_allclose(half, plain, rtol=1e-3)
+    np.testing.assert_allclose(state.weights, [25.5, 0.51], rtol=1e-2)
+    np.testing.assert_allclose(state.info.fit, 1, rtol=1e-5)
+    with pytest.warns(UserWarning, match=r"no multiple of the gradient.*inside"):
+        x, state = after(lambda g: g + jnp.array([5.0, -5.0]))
+    assert state.info.fit < 0.9
+    # left as it is: the minimum of what was handed in
+    np.testing.assert_allclose(x, [-3 / 102, 7 / 102], atol=1e-4)
+
+
+@pytest.mark.once
+def test_frozen_leaves_stay_frozen():
+    fn, start = PROBLEMS["network"]
+    frozen = lambda g: {**g, "w": jnp.zeros_like(g["w"])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        optimizer = sg.small_gain(optax.adam(RATE), fn, policy="fair", warmup=5)
+        x, _ = train(optimizer, fn, start(), 100, frozen)
+        jax.effects_barrier()
+    np.testing.assert_array_equal(x["w"], start()["w"])
+    assert np.any(np.asarray(x["heads"] != start()["heads"]))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("policy", ["reference", "fair"])
+def test_a_loss_at_its_minimum_does_not_stop_training(policy):
+    def fn(p):
+        return {"fit": jnp.sum((p["a"] - 3) ** 2), "l2": 1e-2 * jnp.sum(p["b"] ** 2)}
+
+    start = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+    x, state = train(sg.small_gain(optax.adam(RATE), fn, policy=policy), fn, start, 2000)
+    assert total(fn, x) < 1e-2
+    assert np.all((state.weights > 1 / 3) & (state.weights < 3))
+
+
+@pytest.mark.once
+def test_shares_that_do_not_answer_do_not_wind_up():
+    """Disjoint parameters under Adam, one loss noisier: no weight changes any share."""
+
+    def fn(p, z):
+        near, far = 0.1 * z[0].astype(p["a"].dtype), 3 * z[1].astype(p["a"].dtype)
+        return {
+            "a": 0.5 * jnp.mean(jnp.sum((p["a"] - near) ** 2, axis=-1)),
+            "b": 0.5 * jnp.mean(jnp.sum((p["b"] - far) ** 2, axis=-1)),
+        }
+
+    losses = sg.terms(lambda p, z: fn({k: v[None] for k, v in p.items()}, z), names=("a", "b"))
+    optimizer = sg.small_gain(optax.adam(RATE), losses, policy="fair")
+    params = {"a": jnp.ones(4), "b": jnp.ones(4)}
+
+    def step(carry, key):
+        params, state = carry
+        z = jax.random.normal(key, (2, 16, 4))
+        gradient = jax.grad(lambda p: losses.values(p, z).sum())(params)
+        updates, state = optimizer.update(gradient, state, params, term_args=(z,))
+        return (optax.apply_updates(params, updates), state), None
+
+    keys = jax.random.split(jax.random.key(0), 8000)
+    run = jax.jit(lambda c: jax.lax.scan(step, c, keys)[0])
+    _, state = run((params, optimizer.init(params)))
+    assert np.max(state.weights) < 3 * np.min(state.weights)
+    np.testing.assert_allclose(state.info.response, 0, atol=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("constant", [10.0, 1e3, -1e3])
+@pytest.mark.parametrize("policy", ["reference", "fair"])
+def test_constants_change_nothing(constant, policy):
+    def trained(c):
+        def fn(p):
+            fit = jnp.mean(
+                (jnp.asarray(INPUTS, p.dtype) @ p - jnp.asarray(TARGETS[:, 0], p.dtype)) ** 2
+            )
+            return {"fit": fit + c, "l2": 0.1 * jnp.sum(p**2)}
+
+        return train(sg.small_gain(optax.adam(RATE), fn, policy=policy), fn, jnp.ones(3), 1500)
+
+    (x, a), (y, b) = trained(0.0), trained(constant)
+    np.testing.assert_allclose(x, y, atol=1e-4)
+    np.testing.assert_allclose(a.weights, b.weights, rtol=1e-3)
+    assert a.info.rewinds == b.info.rewinds == 0
+
+
+@pytest.mark.once
+def test_a_loss_that_is_switched_on_later_is_no_alarm():
+    losses = sg.terms(
+        lambda x, on: {"a": jnp.sum((x - 1) ** 2), "b": on * (5 + jnp.sum(x**2))}, names=("a", "b")
+    )
+    optimizer = sg.small_gain(optax.adam(RATE), losses)
+
+    def step(carry, on):
+        x, state = carry
+        gradient = jax.grad(lambda x: losses.values(x, on).sum())(x)
+        updates, state = optimizer.update(gradient, state, x, term_args=(on,))
+        return (optax.apply_updates(x, updates), state), None
+
+    on = jnp.asarray(np.arange(3000) > 1500, float)
+    run = jax.jit(lambda c: jax.lax.scan(step, c, on)[0])
+    x, state = run((jnp.zeros(2), optimizer.init(jnp.zeros(2))))
+    assert state.info.rewinds == 0
+    np.testing.assert_allclose(x, 0.5, atol=1e-2)
+
+
+TOP = 2 * np.linalg.eigvalsh(INPUTS.T @ INPUTS / len(INPUTS))[-1] + 0.2
+BASES = {
+    "sgd": (lambda rate: optax.sgd(rate), 2 / TOP),
+    "heavy ball": (lambda rate: optax.sgd(rate, 0.9), 3.8 / TOP),
+    "nesterov": (lambda rate: optax.sgd(rate, 0.9, nesterov=True), 3.8 / 2.8 / TOP),
+    "adam": (optax.adam, 0.3),
+    "lion": (optax.lion, 0.03),
+}
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("times", [1.02, 3, 10, 100])
+def test_no_rate_diverges(base, times):
+    make, rate = BASES[base]
+
+    def fn(p):
+        x, y = jnp.asarray(INPUTS, p.dtype), jnp.asarray(10 * TARGETS[:, 0], p.dtype)
+        return {"fit": jnp.mean((x @ p - y) ** 2), "l2": 0.1 * jnp.sum(p**2)}
+
+    x, _ = train(sg.small_gain(make(times * rate), fn), fn, jnp.zeros(3), 1000)
+    assert total(fn, x) <= total(fn, jnp.zeros(3))
+
+
+@pytest.mark.once
+def test_one_task_a_batch_is_measured_all_the_same():
+    """Measuring at fixed multiples must not alias with the data: each task is seen in its turn."""
+    losses = sg.terms(
+        lambda x, on: {"soft": on[0] * jnp.sum((x - 1) ** 2), "stiff": on[1] * 50 * jnp.sum(x**2)},
+        names=("soft", "stiff"),
+    )
+    optimizer = sg.small_gain(optax.sgd(5e-3), losses, policy="fair")
+
+    def step(carry, i):
+        x, state = carry
+        on = jnp.where(i % 2 == jnp.arange(2), 1.0, 0.0)
+        gradient = jax.grad(lambda x: losses.values(x, on).sum())(x)
+        updates, state = optimizer.update(gradient, state, x, term_args=(on,))
+        return (optax.apply_updates(x, updates), state), None
+
+    run = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(2000))[0])
+    x, state = run((jnp.ones(2), optimizer.init(jnp.ones(2))))
+    np.testing.assert_allclose(state.info.cost[:, 0], [2, 100], rtol=1e-3)
+    np.testing.assert_allclose(state.weights, [25.5, 0.51], rtol=0.02)
+    assert np.all(np.abs(x) < 2)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_curvatures_of_any_size_are_seen(scale):
+    def fn(x):
+        return {"a": jnp.sum(x**2), "b": scale * jnp.sum(x**2)}
+
+    optimizer = sg.small_gain(optax.sgd(0.1 / max(scale, 1)), fn, policy="fair")
+    x, state = train(optimizer, fn, jnp.ones(3), 30)
+    np.testing.assert_allclose(state.info.cost[:, 0], [2, 2 * scale], rtol=1e-3)
+    assert np.all(np.abs(x) <= 1)
+
+
+@pytest.mark.once
+def test_without_a_batch_it_says_so_and_hands_on():
+    losses = sg.terms(
+        lambda x, y: {"a": jnp.sum((x - y) ** 2), "b": jnp.sum(x**2)}, names=("a", "b")
+    )
+    x = jnp.ones(2)
+    optimizer = sg.small_gain(optax.sgd(0.1), losses)
+    with pytest.warns(UserWarning, match=r"term_args.*'y'.*guards against nothing"):
+        updates, state = optimizer.update(x, optimizer.init(x), x)
+    np.testing.assert_allclose(updates, -0.1)
+    fair = sg.small_gain(optax.sgd(0.1), losses, policy="fair")
+    with pytest.raises(TypeError, match="term_args"):
+        fair.update(x, fair.init(x), x)
+
+
+@pytest.mark.once
+def test_masks_and_partitions_around_it():
+    fn, start = PROBLEMS["network"]
+    params = start()
+    for around in (
+        lambda inner: optax.masked(inner, {"w": True, "heads": False}),
+        lambda inner: optax.partition({"a": inner, "b": optax.sgd(RATE)}, {"w": "a", "heads": "b"}),
+    ):
+        with pytest.warns(UserWarning, match=r"holes.*inside"):
+            found, _ = train(around(sg.small_gain(optax.adam(RATE), fn)), fn, params, 50)
+        plain, _ = train(around(optax.adam(RATE)), fn, params, 50)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, plain)
+        with pytest.raises(TypeError, match="put the mask inside"):
+            around(sg.small_gain(optax.adam(RATE), fn, policy="fair")).init(params)
+
+
+@pytest.mark.once
+def test_what_optax_takes_for_parameters():
+    fn = lambda p: {"a": (p["x"] - 1) ** 2, "b": p["y"] ** 2}
+    floats = {"x": 0.5, "y": 1.0}
+    for policy in ("reference", "fair"):
+        optimizer = sg.small_gain(optax.adam(RATE), fn, policy=policy)
+        state = optimizer.init(floats)
+        gradient = jax.grad(lambda p: total(fn, p))(floats)
+        updates, _ = optimizer.update(gradient, state, floats)
+        np.testing.assert_allclose(updates["x"], RATE, rtol=1e-3)
+    for bad in (
+        {"x": jax.random.key(0), "y": 1.0},
+        {"x": jnp.arange(3), "y": 1.0},
+        {"x": jnp.sin, "y": 1.0},
+    ):
+        with pytest.raises(TypeError, match=r"params\['x'\].*no gradient"):
+            sg.small_gain(optax.adam(RATE), fn).init(bad)
+
+
+@pytest.mark.once
+def test_nested_losses_keywords_and_aux():
+    def fn(x, *, shift):
+        return {"fit": {"near": jnp.sum((x - shift) ** 2)}, "size": jnp.sum(x**2)}, {
+            "mean": x.mean()
+        }
+
+    losses = sg.terms(fn, names=("fit/near", "size"), has_aux=True)
+    optimizer = sg.small_gain(optax.sgd(0.1), losses, policy="fair", every=1)
+    step = sg.train_step(losses, optimizer)
+    x = jnp.zeros(2)
+    state = optimizer.init(x)
+    for _ in range(100):
+        x, state, metrics = step(x, state, shift=1.0)
+    assert set(metrics) == {"fit/near", "size", "total", "aux"}
+    np.testing.assert_allclose(x, 0.5, rtol=1e-3)
+    np.testing.assert_allclose(metrics["aux"]["mean"], 0.5, rtol=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    "base", [optax.adam(RATE), optax.lbfgs(), optax.chain(optax.clip(1.0), optax.sgd(RATE))]
+)
+@pytest.mark.parametrize("policy", [None, "reference", "fair", "greedy"])
+def test_one_line_trains_with_anything(base, policy):
+    fn, start = PROBLEMS["network"]
+    losses = sg.terms(fn)
+    optimizer = base if policy is None else sg.small_gain(base, losses, policy=policy)
+    step = sg.train_step(losses, optimizer)
+    params = start()
+    state = optimizer.init(params)
+    first = float(total(fn, params))
+    for _ in range(60):
+        params, state, _ = step(params, state)
+    assert total(fn, params) < first
+
+
+@pytest.mark.once
+def test_a_rewind_takes_the_momentum_back_too():
+    """After a rout parameters and momentum are those of the anchor, at a quarter of the step."""
+    fn = lambda x: {"a": 50 * jnp.sum(x**2)}
+    optimizer = sg.small_gain(optax.sgd(0.05, 0.9), fn, limit=None)
+    x, state = jnp.ones(2), optimizer.init(jnp.ones(2))
+
+    @jax.jit
+    def step(x, state):
+        gradient = jax.grad(lambda x: total(fn, x))(x)
+        updates, state = optimizer.update(gradient, state, x)
+        return optax.apply_updates(x, updates), state
+
+    for _ in range(100):
+        before = state
+        x, state = step(x, state)
+        if state.info.rewinds > before.info.rewinds:
+            break
+    anchor, base_state = before.watch.anchor
+    np.testing.assert_allclose(x, anchor, rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state.base_state, base_state)
+    assert state.watch.backoff <= 0.26
+    assert not state.info.accepted
+
+
+@pytest.mark.once
+def test_nothing_that_is_not_a_number_rests_in_a_state():
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for policy in ("reference", "fair", "greedy"):
+            optimizer = sg.small_gain(optax.adam(RATE), soft_and_stiff, policy=policy, warmup=2)
+            x = jnp.ones(2)
+            state = optimizer.init(x)
+            for _ in range(12):
+                updates, state = jax.jit(optimizer.update)(
+                    jax.grad(lambda x: total(soft_and_stiff, x))(x), state, x
+                )
+                x = optax.apply_updates(x, updates)
+            assert all(
+                bool(jnp.all(jnp.isfinite(leaf)))
+                for leaf in jax.tree.leaves(state)
+                if jnp.issubdtype(leaf.dtype, jnp.floating)
+            )
+
+
+@pytest.mark.once
+def test_skipped_updates_move_nothing_and_are_measured_later():
+    losses = sg.terms(
+        lambda x, bad: {"a": jnp.sum(x**2) + bad, "b": 10 * jnp.sum(x**2)}, names=("a", "b")
+    )
+    optimizer = sg.small_gain(optax.sgd(1e-3), losses, policy="fair", every=2)
+    x = jnp.ones(2)
+    state = optimizer.init(x)
+    update = jax.jit(optimizer.update)
+    for i in range(40):
+        bad = jnp.where(i % 2 == 0, jnp.nan, 0.0)
+        gradient = jax.grad(lambda x, bad=bad: losses.values(x, bad).sum())(x)
+        updates, new = update(gradient, state, x, term_args=(bad,))
+        if i % 2 == 0:
+            assert new.count == state.count
+        state, x = new, optax.apply_updates(x, updates)
+    assert state.info.skipped == 20
+    np.testing.assert_allclose(state.info.cost[:, 0], [2, 20], rtol=1e-3)
