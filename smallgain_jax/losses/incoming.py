@@ -26,6 +26,10 @@ from smallgain_jax.losses.state import Settings
 FOREIGN = 0.05
 """Part of the updates that may be no multiple of the gradient: rounding, or a little weight decay."""
 
+HELD = 100
+"""Updates that must fit in a row before foreign ones are forgotten: momentum is parallel to the
+gradient now and then."""
+
 
 class Given(NamedTuple):
     """What the caller knows of the losses."""
@@ -135,6 +139,11 @@ def compare(updates: Any, plain: Any) -> tuple[Any, jax.Array]:
 def is_foreign(fit: jax.Array) -> jax.Array:
     """Whether `compare` found something else than a multiple of the gradient."""
     return fit < (1 - FOREIGN**2) ** 0.5
+
+
+def held_foreign(held: jax.Array, fit: jax.Array) -> jax.Array:
+    """For how many updates what comes in still counts as foreign."""
+    return jnp.where(is_foreign(fit), HELD, jnp.maximum(held - 1, 0)).astype(jnp.int32)
 
 
 def report(fit: Any) -> None:

@@ -22,7 +22,7 @@ from smallgain_jax._checks import (
 from smallgain_jax._tree import select, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
-from smallgain_jax.losses.incoming import Given, Incoming, is_foreign, observe, report
+from smallgain_jax.losses.incoming import Given, Incoming, held_foreign, is_foreign, observe, report
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
 from smallgain_jax.losses.policies import POLICIES, WORTHS, decide
 from smallgain_jax.losses.prices import (
@@ -259,12 +259,13 @@ def _transformation(
         seen = observe(
             losses, settings, updates, params, batch, given, wiring.per_term, state.weights
         )
+        foreign = held_foreign(state.foreign, seen.fit)
         healthy = _healthy(updates, seen, extra_args.get("value"))
         due = healthy & (state.wait <= 0)
         same = seen if curvature_args is None else seen._replace(gradients=None)
         decision = _decide(wiring, state, params, at, same, due, blind)
-        judged = _judge(wiring, state, params, at, due | ~healthy, blind)
-        weights = _in_force(settings, state, decision.log_weights)
+        weights = _in_force(settings, state, decision.log_weights, foreign)
+        judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
 
         gradient = seen.reweighted(weights)
         if aggregates:
@@ -290,6 +291,7 @@ def _transformation(
             wait=_next_wait(settings, state, judged, measured, healthy, due, blind),
             misses=measured.misses,
             reported=decision.reported,
+            foreign=foreign,
             vectors=measured.vectors,
             watch=regrown(judged.watch),
             base_state=base_state,
@@ -449,6 +451,7 @@ def _judge(
     state: TrainingState,
     params: Any,
     batch: Batch,
+    weights: jax.Array,
     due: jax.Array,
     blind: bool,
 ) -> _Judgement:
@@ -470,8 +473,8 @@ def _judge(
         safe = settings.target * info.limit / jnp.where(known, info.sharpness, 1)
         verdict: Verdict = judge(
             watch,
-            jnp.vdot(state.weights, here),
-            jnp.vdot(state.weights, there),
+            jnp.vdot(weights, here),
+            jnp.vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
         anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
@@ -483,9 +486,12 @@ def _judge(
     return found
 
 
-def _in_force(settings: Settings, state: TrainingState, log_weights: jax.Array) -> jax.Array:
+def _in_force(
+    settings: Settings, state: TrainingState, log_weights: jax.Array, foreign: jax.Array
+) -> jax.Array:
+    """The weights by which this update descends: 1 where it cannot be reweighted."""
     keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
-    return jnp.exp(keep * log_weights)
+    return jnp.where(foreign > 0, 1, jnp.exp(keep * log_weights))
 
 
 def _weighted_args(

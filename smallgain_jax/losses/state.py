@@ -97,6 +97,7 @@ class TrainingState(NamedTuple):
     wait: jax.Array  # [] int32, updates until then
     misses: jax.Array  # [] int32, measurements in a row that found nothing at this turn
     reported: jax.Array  # [] bool, whether foreign updates have been reported
+    foreign: jax.Array  # [] int32, updates for which what comes in still counts as foreign
     vectors: Vectors
     watch: WatchState
     base_state: Any
@@ -153,6 +154,7 @@ def initial_state(
         wait=zero_count(),
         misses=zero_count(),
         reported=jnp.zeros((), bool),
+        foreign=zero_count(),
         vectors=vectors,
         watch=first_watch(params, base_state, dtype, settings.guard is not None),
         base_state=base_state,

@@ -82,7 +82,26 @@ def train_step(
             metrics["aux"] = aux
         return optax.apply_updates(params, updates), state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    compiled = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+    def train(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        if donate:
+            params, state = _unaliased((params, state))
+        found: tuple[Any, Any, Any] = compiled(params, state, *args, **kwargs)
+        return found
+
+    return train
+
+
+def _unaliased(tree: Any) -> Any:
+    """The tree with every array in a buffer of its own: `optax.lbfgs` starts with shared ones."""
+    leaves, structure = jax.tree.flatten(tree)
+    seen: set[int] = set()
+    own = []
+    for leaf in leaves:
+        own.append(jnp.array(leaf) if id(leaf) in seen else leaf)
+        seen.add(id(leaf))
+    return jax.tree.unflatten(structure, own)
 
 
 def _weights(state: Any, num_terms: int) -> jax.Array:

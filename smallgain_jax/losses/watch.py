@@ -6,7 +6,9 @@ stood a while ago, **on the same batch**: constants added to a loss, the noise o
 change of the objective cancel. What counts as a rise is measured by the typical difference between
 the two, a moving average of $|F(\theta) - F(\theta_{anchor})|$.
 
-A rise of more than `OUT` typical differences that a second batch confirms is a rout: parameters
+A rise of more than `OUT` typical differences, and of more than a quarter of all the progress so far
+(a network at the edge of stability has spikes that heal by themselves), is a rout when a second
+batch confirms it: parameters
 and base optimizer go back to the anchor, and steps are a quarter as long from then on, which fades
 by 0.1 % an update. Momentum that was built up on the way out goes with them, which no factor on the
 step can achieve.
@@ -21,6 +23,8 @@ from smallgain_jax._tree import select, zero_count
 
 OUT = 10.0
 """Typical differences beyond which a rise is no ordinary one: losses have tails like exp(-x)."""
+LOST = 0.25
+"""Part of the progress so far that must be lost: a spike above a loss near zero is no divergence."""
 USUAL = 3.0
 """Typical differences beyond which one counts as so many: the scale may not follow a divergence."""
 ROUNDING = 32
@@ -40,6 +44,7 @@ class WatchState(NamedTuple):
 
     anchor: Any  # (params, base_state) where training stood; () for none
     typical: jax.Array  # [] difference of the total loss between anchor and now
+    progress: jax.Array  # [] by which the loss has fallen from the first anchor to this one
     checks: jax.Array  # [] int32, since the scale was last learnt anew
     rises: jax.Array  # [] int32, of these, all from the first on
     suspect: jax.Array  # [] int32, checks in a row that found a rise beyond `OUT`
@@ -58,7 +63,9 @@ def first_watch(params: Any, base_state: Any, dtype: Any, on: bool) -> WatchStat
     """Before the first update; the anchor is a copy, for what it copies may be donated."""
     anchor = jax.tree.map(jnp.array, (params, base_state)) if on else ()
     zero = jnp.zeros((), dtype)
-    return WatchState(anchor, zero, zero_count(), zero_count(), zero_count(), jnp.ones((), dtype))
+    return WatchState(
+        anchor, zero, jnp.array(zero), zero_count(), zero_count(), zero_count(), jnp.ones((), dtype)
+    )
 
 
 def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array) -> Verdict:
@@ -77,7 +84,8 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
     rise = jnp.where(jnp.abs(rise) > ulp * jnp.where(known, jnp.abs(there), 0), rise, 0)
     learning = watch.checks < LEARNING
     rises = jnp.where(learning & (rise > 0), watch.rises + 1, watch.rises)
-    beyond = lost | ((watch.typical > 0) & (rise > OUT * watch.typical))
+    most = jnp.maximum(OUT * watch.typical, LOST * watch.progress)
+    beyond = lost | ((watch.typical > 0) & (rise > most))
     suspect = jnp.where(beyond, watch.suspect + 1, 0)
     climbing = learning & (watch.checks == LEARNING - 1) & (rises == LEARNING)
     rewind = (suspect >= CONFIRMED) | climbing
@@ -87,8 +95,10 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
     followed = watch.typical + FOLLOW * (jnp.minimum(size, USUAL * watch.typical) - watch.typical)
     typical = jnp.where(learning, jnp.maximum(watch.typical, size), followed)
     shorter = jnp.minimum(watch.backoff / 4, safe)
+    advance = usual & ((rise <= 0) | (~learning & (rise <= watch.typical)))
     after = WatchState(
         anchor=watch.anchor,
+        progress=jnp.where(advance, jnp.maximum(watch.progress - rise, 0), watch.progress),
         typical=jnp.where(rewind, 0, jnp.where(usual, typical, watch.typical)),
         checks=jnp.where(rewind, 0, watch.checks + usual),
         rises=jnp.where(rewind, 0, rises),
@@ -96,7 +106,6 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
         backoff=jnp.where(rewind, shorter, watch.backoff),
     )
     after = select(known, after, watch)
-    advance = usual & ((rise <= 0) | (~learning & (rise <= watch.typical)))
     return Verdict(after, known & rewind, advance)
 
 
