@@ -2,13 +2,13 @@ r"""What an optimizer is handed, set against the gradient of the plain sum.
 
 A transformation does not know what was done to its updates u before. Only what it computed itself
 may be combined with the gradients of the terms. Leaf by leaf, u is set against the gradient
-$g = \sum_k \nabla e_k$ that is computed here: what is a multiple of it (clipping by norm, scaling, a
-mean over K, a frozen leaf) takes over the factor $c = \langle u, g \rangle / \langle g, g \rangle$,
+$g = \sum_k \nabla e_k$ that is computed here: what is a multiple of it (clipping by norm, scaling,
+a mean over K, a frozen leaf) takes over the factor $c = \langle u, g \rangle / \langle g, g \rangle$,
 
 $$ u + c \sum_k (w_k - 1) \nabla e_k , $$
 
-and where u is something else (clipped entry by entry, averaged over steps, another loss), it is left
-as it is: no reweighting, no harm, and a report.
+and where u is something else (clipped entry by entry, averaged over steps, another loss), it is
+left as it is: no reweighting, no harm, and a report.
 """
 
 import warnings
@@ -24,7 +24,7 @@ from smallgain_jax.losses.prices import mixed
 from smallgain_jax.losses.state import Settings
 
 FOREIGN = 0.05
-"""Part of the updates that may be no multiple of the gradient: rounding, or a little weight decay."""
+"""Part of the updates that may be no multiple of the gradient: rounding, a little weight decay."""
 
 HELD = 100
 """Updates that must fit in a row before foreign ones are forgotten: momentum is parallel to the

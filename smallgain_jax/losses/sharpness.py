@@ -78,7 +78,8 @@ def difference_product(
     >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
     >>> mix = np.array([0.0, 1.0])
-    >>> difference_product(losses, mix, jnp.array([1.0, 2.0]), Batch())(jnp.array([1.0, 0.0])).round(2)
+    >>> product = difference_product(losses, mix, jnp.array([1.0, 2.0]), Batch())
+    >>> product(jnp.array([1.0, 0.0])).round(2)
     Array([0., 1.], dtype=float32)
     """
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

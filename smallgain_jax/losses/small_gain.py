@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,6 +19,7 @@ from smallgain_jax._checks import (
     check_optimizer,
     check_positive,
     float_dtype,
+    is_concrete,
 )
 from smallgain_jax._tree import select, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
@@ -45,8 +47,8 @@ from smallgain_jax.losses.state import (
 from smallgain_jax.losses.watch import LEARNING, Verdict, WatchState, judge, regrown
 from smallgain_jax.spectral.power import Blocks, label_blocks
 
-STATIC = ("every", "iterations", "warmup", "blocks", "metric", "anneal", "rounds", "guard")
-"""Arguments that shape the program: `static_args` of `optax.inject_hyperparams`."""
+STATIC = ("blocks", "metric", "anneal", "rounds")
+"""Functions and shapes, no hyperparameters: `static_args` of `optax.inject_hyperparams`."""
 
 ADAPTIVE_WARMUP = 100
 """Updates before second moments mean anything; with beta_2 = 0.999 they average a tenth then."""
@@ -76,7 +78,7 @@ def loss_small_gain(
     value: str = "alignment",
     budget_fraction: ArrayLike = 0.7,
     max_step_change: ArrayLike = 0.1,
-    rounds: int = 8,
+    rounds: int | None = None,
     axis_name: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wrap a base optimizer so that the losses of a model share the stability margin.
@@ -101,8 +103,8 @@ def loss_small_gain(
 
     The guard compares the loss with that at an anchor some updates ago, on one batch. Where a rise
     beyond all proportion is confirmed by a second batch, parameters and base optimizer go back to
-    the anchor, and steps are shorter for a while; see `watch`. It costs one evaluation of the losses
-    at every `every` updates, and a copy of the parameters and of the base optimizer's state.
+    the anchor, and steps are shorter for a while; see `watch`. It costs one evaluation of the
+    losses at every `every` updates, and a copy of the parameters and of the base optimizer's state.
 
     Args:
       base_optimizer: any optax optimizer, line searches included, or an
@@ -111,7 +113,7 @@ def loss_small_gain(
       policy: "reference", "fair" or "greedy".
       guard: "divergence" as above; a number in addition scales steps down wherever the sharpness is
         above that multiple of the limit (needs a known limit); None for neither.
-      every: updates between measurements, static; the first follow closer.
+      every: updates between measurements; the first follow closer.
       limit: curvature limit of the base optimizer, a scalar or a schedule of the count; None to
         measure it (`limits`).
       target: c in (0, 1), the fraction of the limit that a rewind and `row_gains` aim at.
@@ -126,12 +128,13 @@ def loss_small_gain(
         second moments mean nothing before, else 0.
       curvature: "hessian"; "gauss_newton" for terms made with `outputs`; or "difference" of two
         gradients, a third of the time and no memory of its own, for float32 or wider.
-      iterations: of power iteration at each turn, static.
+      iterations: of power iteration at each turn.
       blocks: rows of the parameters: None for one, "leaves", or a function of a leaf's key path.
       row_gains: whether the step of each block is multiplied by $T / \lambda_r(w)$.
       max_gain: bound on row gains and on their inverse.
       value, budget_fraction, max_step_change, rounds: of "greedy": what a unit of weight is worth
-        ("alignment" or "grad_norm"), rho, eta, and rounds of `allocate`.
+        ("alignment" or "grad_norm"), rho, eta, and rounds of
+        `allocate` (None for 8), static.
       axis_name: of replicas under `pmap` or `shard_map(check_vma=False)`, whose measurements are
         averaged, so that they stay equal.
 
@@ -184,9 +187,9 @@ def loss_small_gain(
         row_gains=row_gains,
         max_gain=max_gain,
         guard=guard,
-        warmup=-1 if warmup is None else warmup,
+        warmup=warmup,
         anneal=anneal,
-        rounds=rounds,
+        rounds=8 if rounds is None else rounds,
         axis_name=axis_name,
     )
     _check(settings)
@@ -239,7 +242,7 @@ def _transformation(
     def init(params: Any) -> TrainingState:
         return _initial(wiring, params)
 
-    def update(
+    def compute(
         updates: Any,
         state: TrainingState,
         params: Any = None,
@@ -299,6 +302,19 @@ def _transformation(
         )
         return move, cast_like(new_state, state)
 
+    compiled = jax.jit(compute, static_argnames="weighted")
+
+    def update(
+        updates: Any, state: TrainingState, params: Any = None, **given: Any
+    ) -> tuple[Any, TrainingState]:
+        weighted = bool(given.pop("weighted", False))
+        operands = (updates, state, params, given)
+        # branches on the state would compile anew at every call outside of a program
+        ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
+        run = compiled if ready else compute
+        found: tuple[Any, TrainingState] = run(updates, state, params, weighted=weighted, **given)
+        return found
+
     return optax.GradientTransformationExtraArgs(init, update)
 
 
@@ -333,8 +349,8 @@ def _checked(params: Any, state: TrainingState, given: Given) -> Given:
 
 
 HOLES = (
-    "params has holes (optax.MaskedNode), as masked and partition leave them around small_gain, and "
-    "the losses cannot be evaluated there: put the mask inside, as in "
+    "params has holes (optax.MaskedNode), as masked and partition leave them around small_gain, "
+    "and the losses cannot be evaluated there: put the mask inside, as in "
     "small_gain(optax.masked(optax.adam(1e-3), mask), losses)"
 )
 
@@ -420,7 +436,9 @@ def _decide(
         return kept
     probe = wiring.probe(params)
     adaptive = settings.metric is not None or probe.adaptive
-    warmup = settings.warmup if settings.warmup >= 0 else ADAPTIVE_WARMUP if adaptive else 0
+    warmup = settings.warmup
+    if warmup is None:
+        warmup = ADAPTIVE_WARMUP if adaptive else 0
 
     def look() -> _Decision:
         plain = seen.reweighted(state.weights)
@@ -673,7 +691,7 @@ def _check(settings: Settings) -> None:
     if settings.limit is not None and not callable(settings.limit):
         check_positive("limit", settings.limit)
     for name in ("every", "iterations"):
-        if getattr(settings, name) < 1:
+        if is_concrete(getattr(settings, name)) and getattr(settings, name) < 1:
             raise ValueError(f"{name} = {getattr(settings, name)} must be at least 1")
     if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
         raise ValueError(f"priorities = {settings.priorities} must be positive")

@@ -37,7 +37,7 @@ class Settings(NamedTuple):
     row_gains: bool
     max_gain: ArrayLike
     guard: str | ArrayLike | None
-    warmup: int
+    warmup: int | None
     anneal: Callable[[jax.Array], Any] | None
     rounds: int
     axis_name: str | None

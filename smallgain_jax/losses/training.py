@@ -62,7 +62,11 @@ def train_step(
         found, gradient = own.value_and_weighted_grad(weights, params, *args, **kwargs)
         values, aux = found if own.has_aux else (found, None)
 
-        def value_fn(at: Any) -> jax.Array:
+        def value_fn(
+            at: Any, term_args: Any = None, term_values: Any = None, weighted: Any = None
+        ) -> jax.Array:
+            # optax's line searches insist that value_fn names every extra argument of update
+            del term_args, term_values, weighted
             return jnp.vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
 
         updates, state = optimizer.update(

@@ -24,7 +24,7 @@ from smallgain_jax._tree import select, zero_count
 OUT = 10.0
 """Typical differences beyond which a rise is no ordinary one: losses have tails like exp(-x)."""
 LOST = 0.25
-"""Part of the progress so far that must be lost: a spike above a loss near zero is no divergence."""
+"""Part of the progress so far that must be lost: a spike over a loss near zero is no divergence."""
 USUAL = 3.0
 """Typical differences beyond which one counts as so many: the scale may not follow a divergence."""
 ROUNDING = 32
