@@ -11,7 +11,7 @@ from flax import nnx
 
 import smallgain_jax as sg
 from smallgain_jax.limits.probe import probe_optimizer
-from smallgain_jax.transform import STATIC
+from smallgain_jax.losses.small_gain import STATIC
 
 pytestmark = pytest.mark.once
 RNG = np.random.default_rng(0)
@@ -82,7 +82,7 @@ def equinox_round_trip(folder, carry, like):
 
 
 def test_a_restart_continues_bit_for_bit(tmp_path):
-    optimizer = sg.small_gain(optax.adam(1e-2), LOSSES, every=2, warmup=4)
+    optimizer = sg.small_gain(optax.adam(1e-2), LOSSES, every=2, warmup=4, policy="fair")
     step = make_step(optimizer)
     carry = begin(optimizer)
     for x in X[:15]:
@@ -101,8 +101,8 @@ def test_a_restart_continues_bit_for_bit(tmp_path):
 
 
 def test_a_new_base_optimizer_keeps_the_weights_of_the_old():
-    first = sg.small_gain(optax.sgd(1e-2), LOSSES, every=2)
-    second = sg.small_gain(optax.adam(1e-2), LOSSES, every=2, warmup=10)
+    first = sg.small_gain(optax.sgd(1e-2), LOSSES, every=2, policy="fair")
+    second = sg.small_gain(optax.adam(1e-2), LOSSES, every=2, warmup=10, policy="fair")
     params, old = train(first, begin(first), X[:20])
     assert not np.allclose(old.weights, 1)
     # counter and measurements belong to the old metric and stay behind
@@ -116,7 +116,7 @@ def test_a_new_base_optimizer_keeps_the_weights_of_the_old():
 
 def test_accumulation_around_equals_a_step_on_the_mean_gradient_of_one_batch():
     """The same batch three times: its mean gradient is its gradient."""
-    optimizer = sg.small_gain(optax.adam(1e-2), LOSSES, every=1, warmup=2)
+    optimizer = sg.small_gain(optax.adam(1e-2), LOSSES, every=1, warmup=2, policy="fair")
     patient = optax.MultiSteps(optimizer, 3)
     direct = train(optimizer, begin(optimizer), X[:10])
     params, state = train(patient, begin(patient), np.repeat(X[:10], 3, axis=0))
@@ -142,7 +142,7 @@ def assert_stepped(params, rate, gradient):
 
 def test_accumulation_around_weighs_by_the_last_batch():
     """What moves is mean_j g_j + sum_k (w_k - 1) g_k, the latter of the last batch alone."""
-    optimizer = sg.small_gain(optax.sgd(0.1), LOSSES, guard=None, warmup=10)
+    optimizer = sg.small_gain(optax.sgd(0.1), LOSSES, guard=None, warmup=10, policy="fair")
     patient = optax.MultiSteps(optimizer, 2)
     step = make_step(patient)
     for weights in ([1.0, 1.0], [3.0, 0.5]):
@@ -160,7 +160,7 @@ def test_accumulation_around_weighs_by_the_last_batch():
 
 
 def test_accumulation_inside_weighs_every_batch():
-    optimizer = sg.small_gain(optax.MultiSteps(optax.sgd(0.1), 2), LOSSES, warmup=10)
+    optimizer = sg.small_gain(optax.MultiSteps(optax.sgd(0.1), 2), LOSSES, warmup=10, policy="fair")
     step = make_step(optimizer)
     params, state = begin(optimizer)
     w = np.array([3.0, 0.5], np.float32)
@@ -200,7 +200,7 @@ def test_the_limit_under_accumulation_is_that_of_the_updates_made(base, k):
 
 def test_an_injected_rate_moves_the_limit():
     base = optax.inject_hyperparams(optax.adam)(learning_rate=1e-2)
-    optimizer = sg.small_gain(base, LOSSES, every=1, warmup=0)
+    optimizer = sg.small_gain(base, LOSSES, every=1, warmup=0, policy="fair")
     step = make_step(optimizer)
     params, state = step(begin(optimizer), X[0])
     low = jnp.float32(1e-3)
@@ -212,10 +212,8 @@ def test_an_injected_rate_moves_the_limit():
 
 def test_settings_injected_around():
     """`target` becomes a number in the state, and the margin follows it."""
-    make = optax.inject_hyperparams(
-        sg.small_gain, static_args=("base_optimizer", "terms", "guard", *STATIC)
-    )
-    optimizer = make(optax.sgd(1e-2), LOSSES, every=1, ema=0.5)
+    make = optax.inject_hyperparams(sg.loss_small_gain, static_args=STATIC)
+    optimizer = make(optax.sgd(1e-2), LOSSES, policy="fair", every=1, ema=0.5)
     params, state = begin(optimizer)
     assert float(state.hyperparams["target"]) == pytest.approx(0.9)
     step = make_step(optimizer)
@@ -235,7 +233,7 @@ def test_lists_and_nested_dicts_are_trained_alike():
     other = sg.terms(lambda p, x: LOSSES.fn(from_list(p), x), names=LOSSES.names)
     results = []
     for losses, params in ((LOSSES, START), (other, listed)):
-        optimizer = sg.small_gain(optax.sgd(1e-2), losses, every=1)
+        optimizer = sg.small_gain(optax.sgd(1e-2), losses, every=1, policy="fair")
         results.append(train(optimizer, begin(optimizer, params), X[:20], losses))
     assert_shares(results[0][1])
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
@@ -263,7 +261,7 @@ def test_the_optimizer_of_flax_agrees_with_a_loop_over_its_state():
     losses = sg.terms(
         lambda p, x: losses_of_output(nnx.merge(graph, p)(x), x), names=("fit", "stiff")
     )
-    wrapped = sg.small_gain(optax.adam(1e-2), losses, every=1, warmup=5)
+    wrapped = sg.small_gain(optax.adam(1e-2), losses, every=1, warmup=5, policy="fair")
     plain = nnx.as_pure(params)
     by_hand, state = train(wrapped, (plain, wrapped.init(plain)), X[:20], losses)
 
@@ -299,7 +297,7 @@ def test_complex_parameters_as_real_and_imaginary_parts():
             "round": 50 * jnp.sum(jnp.abs(z - (1 + 1j)) ** 2),
         }
 
-    optimizer = sg.small_gain(optax.sgd(1e-3), fn, every=1)
+    optimizer = sg.small_gain(optax.sgd(1e-3), fn, every=1, policy="fair")
     parts = {"re": jnp.ones(2), "im": -jnp.ones(2)}
 
     def step(carry, _):

@@ -47,12 +47,12 @@ class Losses(eqx.Module):
 
     def values_and_aux(self, params: Any, *args: Any, **kwargs: Any) -> tuple[jax.Array, Any]:
         """Losses [K], and what `fn` returns beside them; None without `has_aux`."""
-        _, parts, aux = self._named(self.fn(self._at(params, args, kwargs), *args, **kwargs))
+        _, parts, aux = self._named(self._of(params, args, kwargs))
         return jnp.stack(parts), aux
 
     def parts(self, params: Any, *args: Any, **kwargs: Any) -> list[jax.Array]:
         """Losses one by one: what is differentiated alone must not pass through a common array."""
-        return self.parts_of_outputs(self._at(params, args, kwargs), *args, **kwargs)
+        return self._named(self._of(params, args, kwargs))[1]
 
     def parts_of_outputs(self, outputs: Any, *args: Any, **kwargs: Any) -> list[jax.Array]:
         """Losses from the model's outputs, for terms made with `outputs`."""
@@ -184,15 +184,25 @@ class Losses(eqx.Module):
         found: list[tuple[str, ...]] = []
 
         def trace(p: Any) -> list[jax.Array]:
-            names, parts, _ = self._named(self.fn(self._at(p, args, kwargs), *args, **kwargs))
+            names, parts, _ = self._named(self._of(p, args, kwargs))
             found.append(names)
             return parts
 
         jax.eval_shape(trace, params)
         return found[0]
 
-    def _at(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return params if self.outputs is None else self.outputs(params, *args, **kwargs)
+    def _of(self, params: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What `fn` returns; an error of the model's own says what may be the matter."""
+        try:
+            at = params if self.outputs is None else self.outputs(params, *args, **kwargs)
+            return self.fn(at, *args, **kwargs)
+        except (TypeError, AttributeError) as error:
+            if any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none)):
+                error.add_note(
+                    "terms: params has None where a filter left out what is not trained; put it "
+                    "back inside the losses, as in model = eqx.combine(params, static)"
+                )
+            raise
 
     def _named(self, result: Any) -> tuple[tuple[str, ...], list[jax.Array], Any]:
         aux = None
@@ -225,6 +235,10 @@ class Losses(eqx.Module):
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(f"terms: losses must be real floating numbers, got {dtype}")
         return names, [part.astype(dtype) for part in parts], aux
+
+
+def _is_none(node: Any) -> bool:
+    return node is None
 
 
 def _flat(losses: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, jax.Array]]:
