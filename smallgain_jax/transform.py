@@ -8,13 +8,15 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import check_fraction, check_positive
+from smallgain_jax._checks import check_bounds, check_fraction
 from smallgain_jax.allocation.knapsack import POLICIES
+from smallgain_jax.graphs.baselines import auto_cap as auto_cap
+from smallgain_jax.graphs.baselines import gradnorm as gradnorm
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.small_gain import Limit, Settings, reweighted
+from smallgain_jax.graphs.small_gain import Limit, graph_small_gain
 from smallgain_jax.graphs.small_gain import SmallGainInfo as SmallGainInfo
 from smallgain_jax.graphs.small_gain import SmallGainState as SmallGainState
-from smallgain_jax.graphs.weights import VALUES, allocation_rule, cap_rule, gradnorm_rule
+from smallgain_jax.graphs.weights import VALUES
 from smallgain_jax.losses.losses import Losses
 from smallgain_jax.losses.losses import terms as make_terms
 from smallgain_jax.losses.small_gain import TrainingInfo as TrainingInfo
@@ -78,7 +80,7 @@ def small_gain(
     ema: ArrayLike | None = None,
     row_gains: bool | None = None,
     guard: str | float | None = "default",
-    rounds: int = 8,
+    rounds: int | None = None,
     smoothing: Activity | float | None = 1e-3,
     scaling_iterations: int = 0,
     min_cosine: ArrayLike = 1e-3,
@@ -253,7 +255,7 @@ def small_gain(
         raise ValueError(f"value = {value!r} is unknown: choose from {', '.join(VALUES)}")
     if every < 1:
         raise ValueError(f"every = {every} must be at least 1")
-    _check_floor("floor", floor, "ceiling", ceiling)
+    check_bounds("floor", floor, "ceiling", ceiling)
     check_fraction("budget_fraction", budget_fraction)
     check_fraction("max_step_change", max_step_change)
     check_fraction("ema", ema)
@@ -284,12 +286,19 @@ def small_gain(
                 guard=guard,
                 warmup=warmup,
                 anneal=anneal,
-                rounds=rounds,
+                rounds=8 if rounds is None else rounds,
             ),
         )
-    rule = allocation_rule(
+    if terms is None:
+        return optax.with_extra_args_support(base_optimizer)
+    return graph_small_gain(
+        base_optimizer,
+        terms,
+        limit=limit,
+        target=target,
         policy=policy,
         value=value,
+        objective=objective,
         every=every,
         budget_fraction=budget_fraction,
         global_budget=global_budget,
@@ -297,108 +306,11 @@ def small_gain(
         floor=floor,
         ceiling=ceiling,
         ema=ema,
+        row_gains=row_gains,
+        guard=guard,  # type: ignore[arg-type]
         rounds=rounds,
-    )
-    if not (guard is None or isinstance(guard, str)):
-        raise ValueError(f"guard = {guard} is a number, which is for losses; see the docstring")
-    settings = Settings(
-        limit=limit,
-        target=target,
-        objective=objective,
         smoothing=smoothing,
         scaling_iterations=scaling_iterations,
-        row_gains=row_gains,
-        guard=guard,
         min_cosine=min_cosine,
         max_backtracks=max_backtracks,
     )
-    return reweighted(base_optimizer, terms, rule, settings)
-
-
-def gradnorm(
-    base_optimizer: optax.GradientTransformation,
-    terms: EnergyGraph | None = None,
-    *,
-    target_norm: ArrayLike = 1.0,
-    alpha: ArrayLike = 1.5,
-    update_rate: ArrayLike = 0.1,
-    floor: ArrayLike = 0.5,
-    ceiling: ArrayLike = 2.0,
-    objective: str = "adapted",
-    max_backtracks: int = 20,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The seeds' baseline: pull the gradient norms of all terms towards a common one.
-
-    $w_k \leftarrow \operatorname{clip}((1 - \eta) w_k + \eta\, w_k\,
-    \bar n\, r_k^\alpha / n_k)$, with $n_k = w_k \|\nabla e_k\|$, $\bar n$ = target_norm times their
-    mean, and $r_k$ a term's energy relative to the mean of all (Chen et al., *GradNorm*, ICML 2018,
-    equation 2, as a multiplicative update).
-
-    Args:
-      base_optimizer, terms, objective, max_backtracks: as in `small_gain`.
-      target_norm: multiple of the mean norm aimed at.
-      alpha: how much terms that lag behind are favoured.
-      update_rate: eta in [0, 1].
-      floor, ceiling: clamps of every weight.
-
-    Returns:
-      An optax transformation with the state of `small_gain`.
-
-    >>> import jax.numpy as jnp
-    >>> import smallgain_jax as sg
-    >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
-    >>> state = gradnorm(optax.sgd(0.1), graph).init(jnp.array([1.0, 0.5]))
-    >>> state.weights.tolist()
-    [1.0]
-    """
-    _check_floor("floor", floor, "ceiling", ceiling)
-    check_fraction("update_rate", update_rate)
-
-    rule = gradnorm_rule(
-        target_norm=target_norm, alpha=alpha, update_rate=update_rate, floor=floor, ceiling=ceiling
-    )
-    settings = Settings(objective=objective, max_backtracks=max_backtracks)
-    return reweighted(base_optimizer, terms, rule, settings)
-
-
-def auto_cap(
-    base_optimizer: optax.GradientTransformation,
-    terms: EnergyGraph | None = None,
-    *,
-    limit: Limit = None,
-    target: ArrayLike = 0.9,
-    objective: str = "adapted",
-    smoothing: Activity | float | None = 1e-3,
-    max_backtracks: int = 20,
-) -> optax.GradientTransformationExtraArgs:
-    r"""The seeds' baseline: one common weight $w = \min(1, T / L)$ for all terms.
-
-    Args:
-      base_optimizer, terms, limit, target, objective, smoothing, max_backtracks: as in
-        `small_gain`.
-
-    Returns:
-      An optax transformation with the state of `small_gain`.
-
-    >>> import jax.numpy as jnp
-    >>> import smallgain_jax as sg
-    >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
-    >>> auto_cap(optax.sgd(0.1), graph).init(jnp.array([1.0, 0.5])).count.item()
-    0
-    """
-
-    settings = Settings(
-        limit=limit,
-        target=target,
-        objective=objective,
-        smoothing=smoothing,
-        max_backtracks=max_backtracks,
-    )
-    return reweighted(base_optimizer, terms, cap_rule, settings)
-
-
-def _check_floor(low_name: str, low: ArrayLike, high_name: str, high: ArrayLike) -> None:
-    check_positive(low_name, low)
-    check_positive(high_name, high)
-    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
-        raise ValueError(f"{low_name} = {low} must not exceed {high_name} = {high}")
