@@ -40,9 +40,10 @@ Rule = Callable[[tuple[Any, ...], Any], Layer | None]
 def matrix_layers(path: tuple[Any, ...], leaf: Any) -> Layer | None:
     r"""The default rule: every matrix is a layer, and convolutions whose layout is known.
 
-    A matrix is [outputs, inputs] or its transpose, which has the same norm. A leaf with more axes
-    named `kernel`, as Flax names them, is a convolution [*window, inputs, outputs]; one named
-    `weight`, as Equinox and PyTorch do, is [outputs, inputs, *window]. It is reshaped to
+    A matrix is [outputs, inputs] or its transpose, which has the same norm. A leaf with four axes
+    or more named `kernel`, as Flax names them, is a convolution [*window, inputs, outputs] (with
+    three it may as well be an attention's projection); one with three or more named `weight`, as
+    Equinox and PyTorch do, is [outputs, inputs, *window]. It is reshaped to
     [outputs, inputs x window] and given the gain $\sqrt{|\mathrm{window}|}$: the operator first
     copies each input into at most |window| patches, so for any stride, dilation and padding with
     zeros or by wrapping, its norm is at most that times the matrix's (Tsuzuku, Sato and Sugiyama,
@@ -72,8 +73,8 @@ def matrix_layers(path: tuple[Any, ...], leaf: Any) -> Layer | None:
         return None
     if leaf.ndim == 2:
         return Layer()
-    layout = LAYOUTS.get(_name(path))
-    if layout is None:
+    layout, axes = LAYOUTS.get(_name(path), ("", 0))
+    if not layout or leaf.ndim < axes:
         raise ValueError(
             f"layers must be given: the leaf params{jax.tree_util.keystr(path)} of shape "
             f"{leaf.shape} has {leaf.ndim} axes, and nothing says which are outputs. A rule "
@@ -82,8 +83,9 @@ def matrix_layers(path: tuple[Any, ...], leaf: Any) -> Layer | None:
     return convolution(leaf, layout)
 
 
-LAYOUTS = {"kernel": "HWIO", "weight": "OIHW"}
-"""Layouts of convolutions by the names that Flax, and Equinox and PyTorch, give their leaves."""
+LAYOUTS = {"kernel": ("HWIO", 4), "weight": ("OIHW", 3)}
+"""Layouts of convolutions, and from how many axes on they are certain, by the names that Flax, and
+Equinox and PyTorch, give their leaves."""
 
 
 def convolution(leaf: Any, layout: str) -> Layer:

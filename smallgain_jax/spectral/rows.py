@@ -126,10 +126,10 @@ def block_curvature(
 ) -> Curvature:
     r"""Row bounds of $H = \operatorname{diag}(B) + \sum_k w_k H_k$ from the blocks of its terms.
 
-    Each scaling iteration is $s \leftarrow (|H| + \sigma I) s$ with a tenth of the present bound for
-    $\sigma$; the bound of every iterate holds, and of those tried the tightest is returned. (In exact
-    arithmetic that is the last; entries of $s$ are kept above 1e-9 of the largest, so that nearly
-    disconnected parts do not underflow.)
+    Each scaling iteration is $s \leftarrow (|H| + \sigma I) s$ with a tenth of the present bound
+    for $\sigma$; the bound of every iterate holds, and of those tried the tightest is returned.
+    (In exact arithmetic that is the last; entries of $s$ are kept above 1e-9 of the largest, so
+    that nearly disconnected parts do not underflow.)
 
     Args:
       local_rows: B [n] or [n, d], non-negative.
