@@ -8,8 +8,8 @@ import optax
 import pytest
 
 import smallgain_jax as sg
-from smallgain_jax.networks.kappa import STATIC, kappa_budget
 from smallgain_jax.networks.certificate import lipschitz_certificate
+from smallgain_jax.networks.kappa import STATIC, kappa_budget
 from smallgain_jax.networks.layers import Layer, convolution, find_layers, matrix_layers
 from smallgain_jax.spectral.norms import coarse_bound, spectral_bound
 
@@ -189,8 +189,8 @@ def test_squares_that_leave_float32(projection, scale):
     optimizer = kappa_budget(1.0, projection=projection)
     update = jax.jit(optimizer.update)
     state = optimizer.init(params)
-    zero, big = (jax.tree.map(lambda leaf: jnp.full_like(leaf, fill), params) for fill in (0, 1e19))
-    for raw in (zero, big):
+    for fill in (0, 1e19):
+        raw = {key: jnp.full_like(leaf, fill) for key, leaf in params.items()}
         cut, state = update(raw, state, params)
         params = optax.apply_updates(params, cut)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))

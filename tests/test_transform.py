@@ -336,10 +336,8 @@ def test_budgets_hold_for_the_weights_in_force(relative, policy):
         updates, state = update(graph.gradient(x), state, x, bounds=(0.0, 1.0))
         x = jnp.clip(optax.apply_updates(x, updates), 0, 1)
         weights, cost = np.asarray(state.weights), np.asarray(curvature.edge_cost)
-
-        def rows(w):
-            return np.asarray(curvature.local_rows + graph.scatter(w[:, None] * cost))
-
+        local = curvature.local_rows
+        rows = lambda w, B=local, C=cost: np.asarray(B + graph.scatter(w[:, None] * C))
         lower = np.maximum(0.1, 0.9 * held)
         margin = 0.9 * float(state.info.limit) - rows(lower)
         assert (rows(weights) - rows(lower) <= 0.7 * np.maximum(margin, 0) + 1e-9).all()
