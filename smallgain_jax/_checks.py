@@ -93,6 +93,12 @@ def check_fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0
         raise ValueError(f"{name} = {value} must lie in [{low:g}, {high:g}]")
 
 
+def check_count(name: str, value: int | None, least: int) -> None:
+    """Raise unless a static number, where there is one, is at least `least`."""
+    if value is not None and value < least:
+        raise ValueError(f"{name} = {value} must be at least {least}")
+
+
 def check_bounds(low_name: str, low: Any, high_name: str, high: Any) -> None:
     """Raise unless two concrete scalars are positive, finite and in order."""
     check_positive(low_name, low)

@@ -169,34 +169,14 @@ def throttle(
     ) -> tuple[Any, ThrottleState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        grads, dtype = updates, state.alpha.dtype
-        raw, base_state = base.update(grads, state.base_state, params, **extra_args)
-        args = tuple(extra_args.get("term_args") or ())
-        length, size = norm(raw, dtype), norm(grads, dtype)
-        seen = _measure(settings, state, params, grads, raw, length, args)
-        alpha, velocity, quiet, short = _control(settings, state, params, raw, length, size, seen)
-
-        usable = jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
+        raw, base_state = base.update(updates, state.base_state, params, **extra_args)
+        args = extra_args.get("term_args") or ()
+        moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
         if extra_args.get("value") is not None:
             usable &= jnp.all(jnp.isfinite(extra_args["value"]))
-        secant = curvature == "secant"
-        next_state = ThrottleState(
-            count=optax.safe_increment(state.count),
-            alpha=alpha,
-            velocity=velocity,
-            gradient_lipschitz=seen.lipschitz,
-            gradient_lipschitz_ema=seen.average,
-            quiet_norm=quiet,
-            infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
-            skipped=state.skipped,
-            previous_params=params if secant else (),
-            previous_grad=grads if secant and not same_batch else (),
-            direction=seen.direction,
-            base_state=base_state,
-        )
-        kept = select(usable, cast_like(next_state, state), state)
+        kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
         skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        scaled = select(usable, _scale(raw, alpha), jax.tree.map(jnp.zeros_like, raw))
+        scaled = select(usable, _scale(raw, moved.alpha), jax.tree.map(jnp.zeros_like, raw))
         return scaled, kept._replace(skipped=skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -278,6 +258,36 @@ def _initial_state(params: Any, base_state: Any, settings: _Settings) -> Throttl
         direction=_start_direction(params) if settings.curvature == "power" else (),
         base_state=base_state,
     )
+
+
+def _moved(
+    settings: _Settings,
+    state: ThrottleState,
+    params: Any,
+    grads: Any,
+    raw: Any,
+    args: tuple[Any, ...],
+) -> tuple[ThrottleState, jax.Array]:
+    """The state after an update `raw` of the base optimizer, and whether all of it is finite."""
+    dtype, secant = state.alpha.dtype, settings.curvature == "secant"
+    length, size = norm(raw, dtype), norm(grads, dtype)
+    seen = _measure(settings, state, params, grads, raw, length, args)
+    alpha, velocity, quiet, short = _control(settings, state, params, raw, length, size, seen)
+    moved = ThrottleState(
+        count=optax.safe_increment(state.count),
+        alpha=alpha,
+        velocity=velocity,
+        gradient_lipschitz=seen.lipschitz,
+        gradient_lipschitz_ema=seen.average,
+        quiet_norm=quiet,
+        infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
+        skipped=state.skipped,
+        previous_params=params if secant else (),
+        previous_grad=grads if secant and not settings.same_batch else (),
+        direction=seen.direction,
+        base_state=state.base_state,
+    )
+    return moved, jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
 
 
 class _Seen(NamedTuple):

@@ -112,17 +112,17 @@ def allocate(
     ([1.0, 0.5], [1.5])
     """
     _check_settings(policy, rounds, bins)
-    unlimited = is_concrete(global_budget) and bool(np.all(np.isposinf(np.asarray(global_budget))))
+    unlimited = is_concrete(global_budget) and bool(np.all(np.isposinf(global_budget)))
     arrays = [jnp.asarray(array) for array in (value, cost, lower, upper, row_budget)]
     dtype = float_dtype(*arrays)
     value, cost, lower, upper, row_budget = (array.astype(dtype) for array in arrays)
-    global_budget = jnp.asarray(global_budget, dtype)
+    # an infinity would stop `debug_infs`
+    everything = None if unlimited else jnp.asarray(global_budget, dtype)
     rows = jnp.asarray(rows)
-    _check(value, cost, rows, lower, upper, row_budget, global_budget)
+    _check(value, cost, rows, lower, upper, row_budget, everything)
     if policy == "fair":
         check_finite("lower", lower, low=0.0)
     cost = merge_rows(cost, rows)
-    everything = None if unlimited else global_budget
     # a decision, not a function to differentiate: sorting and sweeping have no useful slope
     posed = jax.lax.stop_gradient(pose(value, cost, rows, lower, upper, row_budget, everything))
     weights = jnp.clip(posed.lower + _raises(posed, policy, rounds, bins), posed.lower, upper)
@@ -168,7 +168,7 @@ def _check(
     lower: jax.Array,
     upper: jax.Array,
     row_budget: jax.Array,
-    global_budget: jax.Array,
+    global_budget: jax.Array | None,
 ) -> None:
     if value.ndim != 1:
         raise ValueError(f"value must have shape [K], got {value.shape}")
@@ -181,7 +181,7 @@ def _check(
         raise ValueError(f"rows must be int {cost.shape}, got {rows.dtype} {rows.shape}")
     if row_budget.ndim != 1:
         raise ValueError(f"row_budget must have shape [R], got {row_budget.shape}")
-    if global_budget.ndim != 0:
+    if global_budget is not None and global_budget.ndim != 0:
         raise ValueError(f"global_budget must be a scalar, got shape {global_budget.shape}")
     check_finite("lower", lower)
     check_finite("upper", upper)
@@ -190,10 +190,9 @@ def _check(
         raise ValueError(f"lower[{k}] = {lower[k]} exceeds upper[{k}] = {upper[k]}")
     if is_concrete(cost) and not bool(jnp.all((cost >= 0) & jnp.isfinite(cost))):
         raise ValueError("cost must be finite and non-negative")
-    if is_concrete((row_budget, global_budget)) and bool(
-        jnp.any(jnp.isnan(row_budget)) | jnp.isnan(global_budget)
-    ):
-        raise ValueError("row_budget and global_budget must not be NaN")
+    for budget in (row_budget, global_budget):
+        if budget is not None and is_concrete(budget) and bool(jnp.any(jnp.isnan(budget))):
+            raise ValueError("row_budget and global_budget must not be NaN")
     if is_concrete(rows) and rows.size:
         low, high = int(jnp.min(rows)), int(jnp.max(rows))
         if low < 0 or high >= row_budget.shape[0]:

@@ -81,7 +81,6 @@ def reweighted(
     base = optax.with_extra_args_support(base_optimizer)
     if settings.limit is None:
         settings = settings._replace(limit=measured_limit(base_optimizer))
-    reference = settings.objective == "reference"
     own = graph
 
     def init(params: jax.Array) -> SmallGainState:
@@ -100,47 +99,23 @@ def reweighted(
             raise ValueError(PARAMS_NEEDED)
         used = own if graph is None or not _alike(graph, own) else graph
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
-        held, scores = _roll_back(here, state)
-        # a decision, not a function to differentiate: sorting and shrinking have no useful slope
-        decided = jax.lax.stop_gradient(rule(used, here.snapshot, held, scores))
-        decided = select(here.finite, decided, unspent(used, here.snapshot, held, scores))
-        anchor = _anchor(here, decided)
-        weights = _shrink_to_angle(here, anchor, decided.weights) if reference else decided.weights
+        decided = _decide(here, rule, state)
 
         def proposed(w: jax.Array) -> Proposal:
             given = (state.base_state, params, extra_args)
             return propose(here, settings, base, w, updates.dtype, *given)
 
-        chosen, lost = proposed(weights), jnp.zeros((), bool)
-        if reference:
+        chosen, lost = proposed(decided.weights), jnp.zeros((), bool)
+        if here.reference:
             # spending must pay: the reweighted step has to beat the one the user's weights give
-            plain = proposed(jnp.ones_like(weights))
+            plain = proposed(jnp.ones_like(decided.weights))
             lost = ~(chosen.reached <= plain.reached)
             chosen = select(lost, plain, chosen)
 
-        search = _search(here, weights, chosen, settings)
+        search = _search(here, decided.weights, chosen, settings)
         accepted = search.accepted & (chosen.cosine >= settings.min_cosine) & here.finite
         step = jnp.where(accepted, search.step * chosen.move, 0)
-        kept = weights
-        if reference:
-            # weights that failed to pay go halfway back to the reference
-            kept = jnp.where(accepted & ~lost, weights, anchor + (weights - anchor) / 2)
-        info = _report(here, settings, decided, held, kept, chosen, search, accepted, state.info)
-        value = jnp.where(accepted, search.trial.value, here.declared_energy(weights))
-        moved = SmallGainState(
-            count=optax.safe_increment(state.count),
-            weights=kept,
-            previous_weights=held,
-            scores=decided.scores,
-            last_value=value,
-            base_state=chosen.base_state,
-            info=info,
-        )
-        skipped = optax.safe_increment(state.info.skipped)
-        unmoved = state._replace(
-            info=state.info._replace(accepted=jnp.zeros((), bool), skipped=skipped)
-        )
-        new_state = select(here.finite, cast_like(moved, state), unmoved)
+        new_state = _kept(here, settings, decided, chosen, search, accepted, lost, state)
         return step.astype(updates.dtype), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -229,6 +204,58 @@ def _roll_back(here: Place, state: SmallGainState) -> tuple[jax.Array, jax.Array
     return weights, jnp.where(rose & moved, state.scores / 2, state.scores)
 
 
+class _Decision(NamedTuple):
+    """The rule's move, and what of it is in force for the step."""
+
+    held: jax.Array  # [K] weights before
+    move: Move
+    anchor: jax.Array  # [K] where weights shrink to
+    weights: jax.Array  # [K]
+
+
+def _decide(here: Place, rule: Rule, state: SmallGainState) -> _Decision:
+    held, scores = _roll_back(here, state)
+    # a decision, not a function to differentiate: sorting and shrinking have no useful slope
+    move = jax.lax.stop_gradient(rule(here.graph, here.snapshot, held, scores))
+    move = select(here.finite, move, unspent(here.graph, here.snapshot, held, scores))
+    if not here.reference:
+        return _Decision(held, move, held, move.weights)
+    anchor = _anchor(here, move)
+    return _Decision(held, move, anchor, _shrink_to_angle(here, anchor, move.weights))
+
+
+def _kept(
+    here: Place,
+    settings: Settings,
+    decided: _Decision,
+    chosen: Proposal,
+    search: Search,
+    accepted: jax.Array,
+    lost: jax.Array,
+    state: SmallGainState,
+) -> SmallGainState:
+    """The state after the step; where something was not finite, as it was but for two marks."""
+    weights = decided.weights
+    if here.reference:
+        # weights that failed to pay go halfway back to the reference
+        halfway = decided.anchor + (weights - decided.anchor) / 2
+        weights = jnp.where(accepted & ~lost, weights, halfway)
+    now = here.declared_energy(decided.weights)
+    moved = SmallGainState(
+        count=optax.safe_increment(state.count),
+        weights=weights,
+        previous_weights=decided.held,
+        scores=decided.move.scores,
+        last_value=jnp.where(accepted, search.trial.value, now),
+        base_state=chosen.base_state,
+        info=_report(here, settings, decided, weights, chosen, search, accepted, state.info),
+    )
+    marks = state.info._replace(
+        accepted=jnp.zeros((), bool), skipped=optax.safe_increment(state.info.skipped)
+    )
+    return select(here.finite, cast_like(moved, state), state._replace(info=marks))
+
+
 def _anchor(here: Place, decided: Move) -> jax.Array:
     """The weights nearest to 1, on the way up to it, that keep the budgets.
 
@@ -283,8 +310,7 @@ def _search(here: Place, weights: jax.Array, chosen: Proposal, settings: Setting
 def _report(
     here: Place,
     settings: Settings,
-    decided: Move,
-    held: jax.Array,
+    decided: _Decision,
     kept: jax.Array,
     chosen: Proposal,
     search: Search,
@@ -292,8 +318,8 @@ def _report(
     before: SmallGainInfo,
 ) -> SmallGainInfo:
     """What happened, in terms of the weights that are now in force."""
-    margin = here.snapshot.target - here.rows(held)
-    raised = jnp.maximum(kept - decided.lower, 0)
+    margin = here.snapshot.target - here.rows(decided.held)
+    raised = jnp.maximum(kept - decided.move.lower, 0)
     return SmallGainInfo(
         energy_reference=here.value,
         energy_adapted=here.adapted_energy(kept),
@@ -301,7 +327,7 @@ def _report(
         limit=here.snapshot.limit,
         margin_rows=margin,
         margin_global=jnp.min(margin, initial=jnp.finfo(margin.dtype).max),
-        spent_rows=jnp.maximum(here.rows(kept) - decided.lower_rows, 0),
+        spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
         spent_global=jnp.vdot(here.dearest, raised),
         cost=here.dearest,
         hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import check_bounds, check_fraction
+from smallgain_jax._checks import check_bounds, check_count, check_fraction
 from smallgain_jax.allocation.knapsack import POLICIES
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.proposal import Limit as Limit
@@ -115,19 +115,11 @@ def graph_small_gain(
     >>> sg.relax(graph, jnp.array([1.0, 0.5]), optimizer, steps=30).x.round(3).tolist()
     [0.0, 0.0]
     """
-    if policy not in POLICIES:
-        raise ValueError(f"policy = {policy!r} is unknown: choose from {', '.join(POLICIES)}")
-    if value not in VALUES:
-        raise ValueError(f"value = {value!r} is unknown: choose from {', '.join(VALUES)}")
-    for name, number in (("every", every), ("rounds", 1 if rounds is None else rounds)):
-        if number < 1:
-            raise ValueError(f"{name} = {number} must be at least 1")
-    for name, number in (
-        ("scaling_iterations", scaling_iterations),
-        ("max_backtracks", max_backtracks),
-    ):
-        if number < 0:
-            raise ValueError(f"{name} = {number} must not be negative")
+    _check_names(policy, value)
+    check_count("every", every, 1)
+    check_count("rounds", rounds, 1)
+    check_count("scaling_iterations", scaling_iterations, 0)
+    check_count("max_backtracks", max_backtracks, 0)
     check_bounds("floor", floor, "ceiling", ceiling)
     check_fraction("budget_fraction", budget_fraction)
     check_fraction("max_step_change", max_step_change)
@@ -158,3 +150,10 @@ def graph_small_gain(
         max_backtracks=max_backtracks,
     )
     return reweighted(base_optimizer, terms, rule, settings)
+
+
+def _check_names(policy: str, value: str) -> None:
+    if policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r} is unknown: choose from {', '.join(POLICIES)}")
+    if value not in VALUES:
+        raise ValueError(f"value = {value!r} is unknown: choose from {', '.join(VALUES)}")

@@ -104,19 +104,23 @@ def allocation_rule(
             jnp.clip(most, 0, jnp.finfo(most.dtype).max),
         )
 
-    if every == 1:
-        return allocated
+    return allocated if every == 1 else _now_and_then(allocated, every)
 
-    def now_and_then(
+
+def _now_and_then(rule: Rule, every: int) -> Rule:
+    """`rule` at every so many updates; in between weights stay."""
+
+    def sometimes(
         graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
     ) -> Move:
-        return jax.lax.cond(
+        moved: Move = jax.lax.cond(
             snapshot.count % every == 0,
-            lambda: allocated(graph, snapshot, weights, scores),
+            lambda: rule(graph, snapshot, weights, scores),
             lambda: unspent(graph, snapshot, weights, scores),
         )
+        return moved
 
-    return now_and_then
+    return sometimes
 
 
 def gradnorm_rule(

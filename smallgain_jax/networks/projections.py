@@ -79,7 +79,8 @@ def project(
     start = (first, stored_bound(first), jnp.zeros((), jnp.int32))
     factor, size, _ = jax.lax.while_loop(too_long, shorten, start)
     if projection == "soft":
-        factor = factor * wanted / jnp.where(first > 0, first, 1)
+        # the ratio first: the product of two tiny factors is flushed to zero
+        factor = factor * (wanted / jnp.where(first > 0, first, 1))
     moved = _move(layer, factor, matrix, params, update.dtype)
     return jnp.where(act, moved, update), jnp.where(act, size, bound), vectors
 
