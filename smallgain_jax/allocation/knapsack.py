@@ -108,7 +108,7 @@ def allocate(
     ...     value=[3.0, 2.0], cost=[[1.0], [1.0]], rows=[[0], [0]],
     ...     lower=[0.0, 0.0], upper=[1.0, 1.0], row_budget=[1.5],
     ... )
-    >>> spend.weights.tolist(), spend.spent_rows.tolist()
+    >>> spend.weights.round(6).tolist(), spend.spent_rows.round(6).tolist()
     ([1.0, 0.5], [1.5])
     """
     _check_settings(policy, rounds, bins)
