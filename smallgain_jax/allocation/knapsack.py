@@ -112,7 +112,7 @@ def allocate(
     ([1.0, 0.5], [1.5])
     """
     _check_settings(policy, rounds, bins)
-    unlimited = is_concrete(global_budget) and bool(np.all(np.isposinf(global_budget)))
+    unlimited = is_concrete(global_budget) and bool(np.all(np.asarray(global_budget) == np.inf))
     arrays = [jnp.asarray(array) for array in (value, cost, lower, upper, row_budget)]
     dtype = float_dtype(*arrays)
     value, cost, lower, upper, row_budget = (array.astype(dtype) for array in arrays)

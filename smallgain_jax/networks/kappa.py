@@ -14,7 +14,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
+from smallgain_jax._checks import (
+    PARAMS_NEEDED,
+    cast_like,
+    check_fraction,
+    check_positive,
+    is_concrete,
+)
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 from smallgain_jax.allocation.knapsack import POLICIES, allocate
 from smallgain_jax.networks.layers import Layer, Rule, find_layers, placed_like, whole
@@ -423,9 +429,10 @@ def _share(
     if settings.policy == "uniform":
         kappas = jnp.full_like(gains, jnp.exp(share))
         return kappas, gains > kappas
-    # an infinite ceiling is one that no norm reaches
-    ceiling = jnp.minimum(jnp.asarray(settings.ceiling), jnp.finfo(dtype).max).astype(dtype)
-    top = jnp.minimum(wanted, share + jnp.log(ceiling))
+    top, ceiling = wanted, settings.ceiling
+    # an infinity written into the program would stop `debug_infs`
+    if not (is_concrete(ceiling) and bool(np.isinf(np.asarray(ceiling)))):
+        top = jnp.minimum(wanted, share + jnp.log(jnp.asarray(ceiling, dtype)))
     bottom = jnp.minimum(top, share + jnp.log(jnp.asarray(settings.floor, dtype)))
     fits = jnp.sum(top) <= budget
 
