@@ -149,17 +149,17 @@ def allocation(smoke: bool) -> list[dict[str, Any]]:
         entries = (cost.ravel(), (rows.ravel(), np.repeat(np.arange(len(value)), 2)))
         matrix = csr_matrix(entries, shape=(graph.num_nodes, len(value)))
         best = -scipy.optimize.linprog(-value, A_ub=matrix, b_ub=budget, bounds=(0, 0.2)).fun
-        for rounds, repricings in ((1, 0), (8, 0), (8, 3)):
+        for rounds, bins in ((1, 0), (16, 0), (2, 16)):
             problem = (value, cost, rows, lower, upper, budget)
-            spend, seconds = timed(_allocate, *problem, rounds=rounds, repricings=repricings)
+            spend, seconds = timed(_allocate, *problem, rounds=rounds, bins=bins)
             share = float(value @ (np.asarray(spend.weights) - lower) / best)
-            row = {"kind": kind, "terms": len(value), "rounds": rounds, "repricings": repricings}
+            row = {"kind": kind, "terms": len(value), "rounds": rounds, "bins": bins}
             table.append(row | {"share_of_optimum": share} | seconds)
             print(f"{kind:12s} {table[-1]}", file=sys.stderr)
     return table
 
 
-_allocate = jax.jit(sg.allocate, static_argnames=("rounds", "repricings"))
+_allocate = jax.jit(sg.allocate, static_argnames=("rounds", "bins"))
 
 CASES: dict[str, Callable[[bool], list[dict[str, Any]]]] = {
     "allocation": allocation,

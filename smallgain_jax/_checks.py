@@ -93,19 +93,33 @@ def check_fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0
         raise ValueError(f"{name} = {value} must lie in [{low:g}, {high:g}]")
 
 
+def check_count(name: str, value: int | None, least: int) -> None:
+    """Raise unless a static number, where there is one, is at least `least`."""
+    if value is not None and value < least:
+        raise ValueError(f"{name} = {value} must be at least {least}")
+
+
+def check_bounds(low_name: str, low: Any, high_name: str, high: Any) -> None:
+    """Raise unless two concrete scalars are positive, finite and in order."""
+    check_positive(low_name, low)
+    check_positive(high_name, high)
+    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
+        raise ValueError(f"{low_name} = {low} must not exceed {high_name} = {high}")
+
+
 def check_positive(name: str, value: Any) -> None:
     """Raise unless a concrete scalar is finite and above zero."""
     if is_concrete(value) and not (np.isfinite(float(value)) and float(value) > 0):
         raise ValueError(f"{name} = {value} must be positive and finite")
 
 
-def check_optimizer(name: str, value: Any) -> None:
-    """Raise unless `value` has `init` and `update`, as an optax optimizer has."""
-    if hasattr(value, "init") and hasattr(value, "update"):
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raise unless `optimizer` has the two functions of an optax transformation."""
+    if callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)):
         return
-    if callable(value):
-        what = getattr(value, "__name__", type(value).__name__)
+    called = getattr(optimizer, "__name__", None)
+    if callable(optimizer) and called is not None:
         raise TypeError(
-            f"{name} is the function {what}, not an optimizer: call it, as in {what}(...)"
+            f"{name} is the function {called}, not an optimizer: call it, as in {called}(1e-3)"
         )
-    raise TypeError(f"{name} must be an optax optimizer, got {type(value).__name__}")
+    raise TypeError(f"{name} must be an optax optimizer, got {type(optimizer).__name__}")

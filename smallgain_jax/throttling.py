@@ -6,6 +6,7 @@ and multiplies the update by $0 < \alpha \le 1$: the direction is the base optim
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -139,170 +140,288 @@ def throttle(
     >>> bool(jnp.linalg.norm(x) < 1e-4), round(state.alpha.item(), 4)
     (True, 0.0075)
     """
-    if order not in (0, 1, 2):
-        raise ValueError(f"order = {order} is unknown: choose from 0, 1, 2")
-    if curvature not in CURVATURES:
-        raise ValueError(
-            f"curvature = {curvature!r} is unknown: choose from {', '.join(CURVATURES)}"
-        )
-    if loss is None and (curvature != "secant" or same_batch):
-        needs = "same_batch" if same_batch else f"curvature = {curvature!r}"
-        raise ValueError(f"loss must be given: {needs} needs it")
-    if same_batch and curvature != "secant":
-        raise ValueError("same_batch belongs to curvature = 'secant'; the others use one batch")
-    if power_steps < 1:
-        raise ValueError(f"power_steps = {power_steps} must be at least 1")
-    if learning_rate is not None and not callable(learning_rate):
-        check_fraction("learning_rate", learning_rate, high=np.inf)
-    for name, number in (("chi", chi), ("probe", probe), ("alpha_min", alpha_min)):
-        check_positive(name, number)
-    check_fraction("alpha_max", alpha_max)
-    for name, number in (("ema", ema), ("gain", gain), ("damping", damping)):
-        check_fraction(name, number)
-    if isinstance(alpha_min, float | int) and isinstance(alpha_max, float | int):
-        check_fraction("alpha_min", alpha_min, high=alpha_max)
-    check_fraction("eps", eps, high=np.inf)
-    if quantum is not None:
-        check_fraction("quantum", quantum, high=np.inf)
-    if tolerance is not None:
-        check_fraction("tolerance", tolerance, low=1.0, high=np.inf)
+    settings = _Settings(
+        learning_rate,
+        chi,
+        ema,
+        order,
+        gain,
+        damping,
+        alpha_min,
+        alpha_max,
+        tolerance,
+        probe,
+        quantum,
+        curvature,
+        loss,
+        same_batch,
+        power_steps,
+        eps,
+    )
+    _check(settings)
     base = optax.with_extra_args_support(base_optimizer)
-    secant = curvature == "secant"
 
     def init(params: Any) -> ThrottleState:
-        dtype = stat_dtype(params)
-
-        # every field its own buffer: a donated state may not alias itself, nor the parameters
-        def scalar(fill: float = 0.0) -> jax.Array:
-            return jnp.full((), fill, dtype)
-
-        def zeros() -> Any:
-            return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-
-        return ThrottleState(
-            count=jnp.zeros((), jnp.int32),
-            alpha=scalar(1.0),
-            velocity=scalar(),
-            gradient_lipschitz=scalar(),
-            gradient_lipschitz_ema=scalar(),
-            quiet_norm=scalar(),
-            infeasible=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            previous_params=zeros() if secant else (),
-            previous_grad=zeros() if secant and not same_batch else (),
-            direction=_start_direction(params) if curvature == "power" else (),
-            base_state=base.init(params),
-        )
+        return _initial_state(params, base.init(params), settings)
 
     def update(
         updates: Any, state: ThrottleState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, ThrottleState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        grads, dtype = updates, state.alpha.dtype
-        raw, base_state = base.update(grads, state.base_state, params, **extra_args)
-        args = tuple(extra_args.get("term_args") or ())
-        length = norm(raw, dtype)
-        direction = state.direction
-
-        def hessian_product(vector: Any) -> Any:
-            assert loss is not None
-            gradient = jax.grad(lambda at: loss(at, *args))
-            return jax.jvp(gradient, (params,), (_like(vector, params),))[1]
-
-        if curvature == "hvp":
-            product = dot(raw, hessian_product(raw), dtype)
-            measured = jnp.abs(product) / jnp.maximum(length**2, jnp.finfo(dtype).tiny)
-            seen = length > 0
-        elif curvature == "power":
-            measured = jnp.zeros((), dtype)
-            for _ in range(power_steps):
-                image = hessian_product(direction)
-                stretched = norm(image, dtype)
-                measured = stretched / norm(direction, dtype)
-                direction = _scale(image, 1 / jnp.where(stretched > 0, stretched, 1))
-            seen = jnp.ones((), bool)
-            # a vector that H annihilates says nothing more: keep the old one
-            direction = select(measured > 0, direction, state.direction)
-        else:
-            old = state.previous_grad
-            if same_batch:
-                assert loss is not None
-                old = jax.grad(loss)(state.previous_params, *args)
-            step = norm(_subtract(params, state.previous_params), dtype)
-            change = norm(_subtract(grads, old), dtype)
-            measured = change / (step + eps)
-            # below the resolution of the parameters, or eps, a difference is no step to go by
-            resolution = jnp.maximum(jnp.finfo(dtype).eps * norm(params, dtype), 100 * eps)
-            seen = (state.count > 0) & (step > resolution)
-
-        lipschitz = jnp.where(seen, measured, state.gradient_lipschitz)
-        known = state.gradient_lipschitz_ema
-        average = jnp.where(known > 0, known + ema * (lipschitz - known), lipschitz)
-        average = jnp.where(seen, average, known)
-        signal = jnp.maximum(lipschitz, average)
-
-        size = norm(grads, dtype)
-        if learning_rate is None:
-            rate = jnp.where(size > 0, length / jnp.where(size > 0, size, 1), 0)
-        else:
-            now = learning_rate(state.count) if callable(learning_rate) else learning_rate
-            rate = jnp.asarray(now, dtype)
-        allowed = jnp.clip(chi / (rate * (signal + eps) + jnp.finfo(dtype).tiny), 0, 1)
-        allowed = jnp.clip(allowed, alpha_min, alpha_max)
-        velocity = state.velocity
-        if order == 0:
-            alpha = allowed
-        else:
-            # the integrator starts from what is allowed as soon as something is known
-            start = jnp.where(known > 0, state.alpha, allowed)
-            push = gain / jnp.maximum(1, rate * signal) * (chi - rate * start * signal)
-            velocity = jnp.asarray((damping * velocity if order == 2 else 0) + push, dtype)
-            wanted = start + velocity
-            alpha = jnp.clip(wanted, alpha_min, allowed)
-            # no winding up against a bound
-            velocity = jnp.where(wanted == alpha, velocity, 0)
-        quiet = jnp.where(state.count > 0, state.quiet_norm, size)
-        if tolerance is not None:
-            holds = (known > 0) & (size <= tolerance * quiet)
-            alpha = jnp.where(holds, jnp.clip(state.alpha, alpha, alpha_max), alpha)
-        if secant:
-            reach = probe * (1 + norm(params, dtype))
-            blind = (state.count == 0) & (length > 0)
-            shortened = jnp.minimum(1, reach / jnp.where(length > 0, length, 1))
-            alpha = jnp.where(blind, jnp.minimum(alpha, shortened), alpha)
-        coarse = _has_low_precision(raw)
-        smallest = _rounding(params, dtype) if quantum is None else jnp.asarray(quantum, dtype)
-        floor = jnp.where(length > 0, smallest / jnp.where(length > 0, length, 1), 0)
-        short = floor > alpha
-        alpha = jnp.maximum(alpha, jnp.minimum(floor, alpha_max))
-        if coarse:
-            alpha = _power_of_two(alpha)
-
-        # norms of what is not finite, or would overflow, are not finite either
-        usable = jnp.isfinite(length) & jnp.isfinite(measured) & jnp.isfinite(size)
+        raw, base_state = base.update(updates, state.base_state, params, **extra_args)
+        args = extra_args.get("term_args") or ()
+        moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
         if extra_args.get("value") is not None:
             usable &= jnp.all(jnp.isfinite(extra_args["value"]))
-        next_state = ThrottleState(
-            count=optax.safe_increment(state.count),
-            alpha=alpha,
-            velocity=velocity,
-            gradient_lipschitz=lipschitz,
-            gradient_lipschitz_ema=average,
-            quiet_norm=jnp.where(size < quiet, quiet + ema * (size - quiet), quiet),
-            infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
-            skipped=state.skipped,
-            previous_params=params if secant else (),
-            previous_grad=grads if secant and not same_batch else (),
-            direction=direction,
-            base_state=base_state,
-        )
-        kept = select(usable, cast_like(next_state, state), state)
+        kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
         skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        scaled = select(usable, _scale(raw, alpha), jax.tree.map(jnp.zeros_like, raw))
+        scaled = select(usable, _scale(raw, moved.alpha), jax.tree.map(jnp.zeros_like, raw))
         return scaled, kept._replace(skipped=skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Settings(NamedTuple):
+    """The arguments of `throttle`, which documents each."""
+
+    learning_rate: ArrayLike | Callable[[jax.Array], Any] | None
+    chi: ArrayLike
+    ema: ArrayLike
+    order: int
+    gain: ArrayLike
+    damping: ArrayLike
+    alpha_min: ArrayLike
+    alpha_max: ArrayLike
+    tolerance: ArrayLike | None
+    probe: ArrayLike
+    quantum: ArrayLike | None
+    curvature: str
+    loss: Callable[..., jax.Array] | None
+    same_batch: bool
+    power_steps: int
+    eps: ArrayLike
+
+
+def _check(settings: _Settings) -> None:
+    curvature, low, high = settings.curvature, settings.alpha_min, settings.alpha_max
+    if settings.order not in (0, 1, 2):
+        raise ValueError(f"order = {settings.order} is unknown: choose from 0, 1, 2")
+    if curvature not in CURVATURES:
+        raise ValueError(
+            f"curvature = {curvature!r} is unknown: choose from {', '.join(CURVATURES)}"
+        )
+    if settings.loss is None and (curvature != "secant" or settings.same_batch):
+        needs = "same_batch" if settings.same_batch else f"curvature = {curvature!r}"
+        raise ValueError(f"loss must be given: {needs} needs it")
+    if settings.same_batch and curvature != "secant":
+        raise ValueError("same_batch belongs to curvature = 'secant'; the others use one batch")
+    if settings.power_steps < 1:
+        raise ValueError(f"power_steps = {settings.power_steps} must be at least 1")
+    if settings.learning_rate is not None and not callable(settings.learning_rate):
+        check_fraction("learning_rate", settings.learning_rate, high=np.inf)
+    for name in ("chi", "probe", "alpha_min"):
+        check_positive(name, getattr(settings, name))
+    for name in ("alpha_max", "ema", "gain", "damping"):
+        check_fraction(name, getattr(settings, name))
+    if isinstance(low, float | int) and isinstance(high, float | int):
+        check_fraction("alpha_min", low, high=high)
+    check_fraction("eps", settings.eps, high=np.inf)
+    if settings.quantum is not None:
+        check_fraction("quantum", settings.quantum, high=np.inf)
+    if settings.tolerance is not None:
+        check_fraction("tolerance", settings.tolerance, low=1.0, high=np.inf)
+
+
+def _initial_state(params: Any, base_state: Any, settings: _Settings) -> ThrottleState:
+    dtype, secant = stat_dtype(params), settings.curvature == "secant"
+
+    # every field its own buffer: a donated state may not alias itself, nor the parameters
+    def scalar(fill: float = 0.0) -> jax.Array:
+        return jnp.full((), fill, dtype)
+
+    def zeros() -> Any:
+        # from the leaf, not from its shape: it may be sharded
+        return jax.tree.map(jnp.zeros_like, params)
+
+    return ThrottleState(
+        count=jnp.zeros((), jnp.int32),
+        alpha=scalar(1.0),
+        velocity=scalar(),
+        gradient_lipschitz=scalar(),
+        gradient_lipschitz_ema=scalar(),
+        quiet_norm=scalar(),
+        infeasible=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        previous_params=zeros() if secant else (),
+        previous_grad=zeros() if secant and not settings.same_batch else (),
+        direction=_start_direction(params) if settings.curvature == "power" else (),
+        base_state=base_state,
+    )
+
+
+def _moved(
+    settings: _Settings,
+    state: ThrottleState,
+    params: Any,
+    grads: Any,
+    raw: Any,
+    args: tuple[Any, ...],
+) -> tuple[ThrottleState, jax.Array]:
+    """The state after an update `raw` of the base optimizer, and whether all of it is finite."""
+    dtype, secant = state.alpha.dtype, settings.curvature == "secant"
+    length, size = norm(raw, dtype), norm(grads, dtype)
+    seen = _measure(settings, state, params, grads, raw, length, args)
+    alpha, velocity, quiet, short = _control(settings, state, params, raw, length, size, seen)
+    moved = ThrottleState(
+        count=optax.safe_increment(state.count),
+        alpha=alpha,
+        velocity=velocity,
+        gradient_lipschitz=seen.lipschitz,
+        gradient_lipschitz_ema=seen.average,
+        quiet_norm=quiet,
+        infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
+        skipped=state.skipped,
+        previous_params=params if secant else (),
+        previous_grad=grads if secant and not settings.same_batch else (),
+        direction=seen.direction,
+        base_state=state.base_state,
+    )
+    return moved, jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
+
+
+class _Seen(NamedTuple):
+    """Curvature along the path."""
+
+    now: jax.Array  # [] measured in this update
+    lipschitz: jax.Array  # [] the last one that says something
+    average: jax.Array  # []
+    direction: Any
+
+
+def _measure(
+    settings: _Settings,
+    state: ThrottleState,
+    params: Any,
+    grads: Any,
+    raw: Any,
+    length: jax.Array,
+    args: tuple[Any, ...],
+) -> _Seen:
+    """C_t by the chosen way, and its average; both as they were where C_t says nothing."""
+    direction = state.direction
+    if settings.curvature == "secant":
+        now, seen = _secant(settings, state, params, grads, args)
+    else:
+        assert settings.loss is not None
+        gradient = jax.grad(partial(_with_args, settings.loss, args))
+
+        def product(vector: Any) -> Any:
+            return jax.jvp(gradient, (params,), (_like(vector, params),))[1]
+
+        if settings.curvature == "hvp":
+            seen = length > 0
+            along = _scale(raw, 1 / jnp.where(seen, length, 1))
+            now = jnp.abs(dot(along, product(along), length.dtype))
+        else:
+            now, direction = _power(product, direction, settings.power_steps, length.dtype)
+            seen = jnp.ones((), bool)
+    lipschitz = jnp.where(seen, now, state.gradient_lipschitz)
+    known = state.gradient_lipschitz_ema
+    average = jnp.where(known > 0, known + settings.ema * (lipschitz - known), lipschitz)
+    return _Seen(now, lipschitz, jnp.where(seen, average, known), direction)
+
+
+def _with_args(loss: Callable[..., jax.Array], args: tuple[Any, ...], at: Any) -> jax.Array:
+    return loss(at, *args)
+
+
+def _secant(
+    settings: _Settings, state: ThrottleState, params: Any, grads: Any, args: tuple[Any, ...]
+) -> tuple[jax.Array, jax.Array]:
+    """Stretch of the gradient along the last step, and whether there was one to go by."""
+    dtype, old = state.alpha.dtype, state.previous_grad
+    if settings.same_batch:
+        assert settings.loss is not None
+        old = jax.grad(settings.loss)(state.previous_params, *args)
+    step = norm(_subtract(params, state.previous_params), dtype)
+    change = norm(_subtract(grads, old), dtype)
+    # below the resolution of the parameters, or eps, a difference is no step to go by
+    resolution = jnp.finfo(dtype).eps * norm(params, dtype)
+    resolution = jnp.maximum(resolution, 100 * settings.eps)
+    return change / (step + settings.eps), (state.count > 0) & (step > resolution)
+
+
+def _power(
+    product: Callable[[Any], Any], start: Any, steps: int, dtype: Any
+) -> tuple[jax.Array, Any]:
+    """Norm of the Hessian from below, and the vector where the next power iteration starts."""
+    direction, stretch = start, jnp.zeros((), dtype)
+    for _ in range(steps):
+        image = product(direction)
+        length = norm(image, dtype)
+        stretch = length / norm(direction, dtype)
+        direction = _scale(image, 1 / jnp.where(length > 0, length, 1))
+    # a vector that H annihilates says nothing more: keep the old one
+    return stretch, select(stretch > 0, direction, start)
+
+
+def _control(
+    settings: _Settings,
+    state: ThrottleState,
+    params: Any,
+    raw: Any,
+    length: jax.Array,
+    size: jax.Array,
+    seen: _Seen,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """alpha, its velocity, the quiet norm, and whether the floor exceeded the control."""
+    dtype, known = length.dtype, state.gradient_lipschitz_ema
+    alpha, velocity = _law(settings, state, length, size, seen)
+    quiet = jnp.where(state.count > 0, state.quiet_norm, size)
+    if settings.tolerance is not None:
+        holds = (known > 0) & (size <= settings.tolerance * quiet)
+        alpha = jnp.where(holds, jnp.clip(state.alpha, alpha, settings.alpha_max), alpha)
+    if settings.curvature == "secant":
+        reach = settings.probe * (1 + norm(params, dtype))
+        blind = (state.count == 0) & (length > 0)
+        shortened = jnp.minimum(1, reach / jnp.where(length > 0, length, 1))
+        alpha = jnp.where(blind, jnp.minimum(alpha, shortened), alpha)
+    quantum = settings.quantum
+    smallest = _rounding(params, dtype) if quantum is None else jnp.asarray(quantum, dtype)
+    floor = jnp.where(length > 0, smallest / jnp.where(length > 0, length, 1), 0)
+    short = floor > alpha
+    alpha = jnp.maximum(alpha, jnp.minimum(floor, settings.alpha_max))
+    if _has_low_precision(raw):
+        alpha = _power_of_two(alpha)
+    quiet = jnp.where(size < quiet, quiet + settings.ema * (size - quiet), quiet)
+    return alpha, velocity, quiet, short
+
+
+def _law(
+    settings: _Settings, state: ThrottleState, length: jax.Array, size: jax.Array, seen: _Seen
+) -> tuple[jax.Array, jax.Array]:
+    """The control law of the chosen order: alpha and its velocity."""
+    dtype, known = length.dtype, state.gradient_lipschitz_ema
+    signal = jnp.maximum(seen.lipschitz, seen.average)
+    rate: Any = settings.learning_rate
+    if rate is None:
+        rate = jnp.where(size > 0, length / jnp.where(size > 0, size, 1), 0)
+    rate = jnp.asarray(rate(state.count) if callable(rate) else rate, dtype)
+    allowed = settings.chi / (rate * (signal + settings.eps) + jnp.finfo(dtype).tiny)
+    allowed = jnp.clip(jnp.clip(allowed, 0, 1), settings.alpha_min, settings.alpha_max)
+    if settings.order == 0:
+        return allowed, state.velocity
+    # the integrator starts from what is allowed as soon as something is known
+    start = jnp.where(known > 0, state.alpha, allowed)
+    push = settings.gain / jnp.maximum(1, rate * signal)
+    push = push * (settings.chi - rate * start * signal)
+    kept = settings.damping * state.velocity if settings.order == 2 else 0
+    velocity = jnp.asarray(kept + push, dtype)
+    wanted = start + velocity
+    alpha = jnp.clip(wanted, settings.alpha_min, allowed)
+    # no winding up against a bound
+    return alpha, jnp.where(wanted == alpha, velocity, 0)
 
 
 def _subtract(a: Any, b: Any) -> Any:
@@ -329,11 +448,12 @@ def _has_low_precision(tree: Any) -> bool:
 
 def _rounding(params: Any, dtype: Any) -> jax.Array:
     """Half a unit of rounding of the leaves below 32 bits: shorter updates mostly vanish."""
-    total = jnp.zeros((), dtype)
-    for leaf in jax.tree.leaves(params):
-        if leaf.dtype.itemsize < 4:
-            total += dot(leaf, leaf, dtype) * (float(jnp.finfo(leaf.dtype).eps) / 2) ** 2
-    return jnp.sqrt(total)
+    half = [
+        leaf.astype(dtype) * (float(jnp.finfo(leaf.dtype).eps) / 2)
+        for leaf in jax.tree.leaves(params)
+        if leaf.dtype.itemsize < 4
+    ]
+    return norm(half, dtype)
 
 
 def _power_of_two(x: jax.Array) -> jax.Array:
@@ -346,7 +466,10 @@ def _start_direction(params: Any) -> Any:
     leaves, structure = jax.tree.flatten(params)
     size = max(1, sum(leaf.size for leaf in leaves))
     rng = np.random.default_rng(0)
-    start = [
-        jnp.asarray(rng.standard_normal(leaf.shape) / np.sqrt(size), leaf.dtype) for leaf in leaves
+    start = [rng.standard_normal(leaf.shape) / np.sqrt(size) for leaf in leaves]
+    # added to zeros of the leaf, whose sharding they take
+    placed = [
+        jnp.zeros_like(leaf) + jnp.asarray(part, leaf.dtype)
+        for leaf, part in zip(leaves, start, strict=True)
     ]
-    return jax.tree.unflatten(structure, start)
+    return jax.tree.unflatten(structure, placed)

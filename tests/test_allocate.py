@@ -10,7 +10,7 @@ from scipy.sparse import csr_matrix, vstack
 import smallgain_jax as sg
 from smallgain_jax.tools.scenarios import KINDS, random_graph
 
-allocate = jax.jit(sg.allocate, static_argnames=("policy", "rounds", "repricings", "bins"))
+allocate = jax.jit(sg.allocate, static_argnames=("policy", "rounds", "bins"))
 
 
 def random_problem(rng, terms=24, rows=10):
@@ -348,14 +348,114 @@ def test_classes_of_score_never_exceed_a_budget(eps):
         np.testing.assert_allclose(weights[free], upper[free], rtol=10 * eps)
 
 
+@pytest.mark.parametrize("policy", ["greedy", "fair"])
+def test_a_row_that_a_term_names_twice_is_paid_twice(policy, eps):
+    # beside a term on two rows, so that more than one budget is at stake
+    value, lower, upper = np.ones(2), np.full(2, 0.1), np.full(2, 2.1)
+    cost, rows = np.ones((2, 2)), np.array([[0, 0], [1, 2]])
+    spend = allocate(value, cost, rows, lower, upper, [1.0, 1.0, 5.0], policy=policy)
+    np.testing.assert_allclose(spend.weights, [0.6, 1.1], rtol=100 * eps)
+    np.testing.assert_allclose(spend.spent_rows, [1.0, 1.0, 1.0], rtol=100 * eps)
+    assert np.isclose(spend.spent_global, 1.0 + 1.0)
+
+
+@pytest.mark.parametrize("policy", ["greedy", "fair"])
+def test_units_may_leave_the_range_of_products(policy):
+    top = float(jnp.finfo(jnp.result_type(float)).max)
+    big, room = top ** (0.8), top ** (0.4)
+    one, rows = np.ones(2), np.array([[0], [0]])
+    # cost times room overflows; what the budget of one row buys does not
+    spend = allocate(one, big * one[:, None], rows, 0 * one, room * one, [big], policy=policy)
+    assert np.isfinite(spend.weights).all()
+    np.testing.assert_allclose(np.sum(spend.weights), 1.0, rtol=1e-5)
+    several = allocate(
+        one, big * np.ones((2, 2)), np.array([[0, 1], [1, 2]]), 0 * one, room * one, 3 * [big],
+        policy=policy,
+    )  # fmt: skip
+    np.testing.assert_allclose(np.sum(several.weights), 1.0, rtol=1e-3)
+    # under a transformation nothing can refuse an infinite bound: it takes no more than there is
+    endless = allocate([2.0, 1.0], np.ones((2, 1)), rows, 0 * one, [np.inf, 1.0], [3.0])
+    np.testing.assert_allclose(endless.weights, [3.0, 0.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"bins": 4}, {"policy": "fair"}], ids=str)
+def test_terms_that_touch_no_row_go_to_their_upper_weight(settings):
+    spend = sg.allocate(
+        np.ones(3), np.zeros((3, 0)), np.zeros((3, 0), int), 0.1 * np.ones(3), np.ones(3), [1.0],
+        **settings,
+    )  # fmt: skip
+    np.testing.assert_allclose(spend.weights, 1.0)
+    np.testing.assert_array_equal(spend.spent_rows, [0.0])
+
+
+def spread_problem(rng, terms=48, num_rows=16, width=2):
+    """Costs and values spread over two decades, which a fixed price per row misjudges."""
+    rows = np.stack([rng.permutation(num_rows)[:width] for _ in range(terms)])
+    value, cost = 10 ** rng.uniform(-1, 1, terms), 10 ** rng.uniform(-1, 1, (terms, width))
+    room = rng.uniform(0.1, 1, terms)
+    full = np.zeros(num_rows)
+    np.add.at(full, rows, cost * room[:, None])
+    return value, cost, rows, np.zeros(terms), room, full * rng.random(num_rows)
+
+
+def test_costs_of_two_decades_against_the_linear_program():
+    rng = np.random.default_rng(0)
+    quality = []
+    for _ in range(60):
+        problem = spread_problem(rng)
+        value, cost, rows, _, room, budget = problem
+        weights = np.asarray(allocate(*problem).weights, float)
+        quality.append(value @ weights / optimum(value, cost, rows, room, budget))
+    assert np.median(quality) >= 0.999
+    assert np.min(quality) >= 0.99
+    assert np.max(quality) <= 1 + 1e-5
+
+
+def test_more_budget_is_never_worth_less_than_stated():
+    rng = np.random.default_rng(1)
+    problems = [spread_problem(rng, 24, 10) for _ in range(2000)]
+    batch = [np.stack(field) for field in zip(*problems)]
+    more = batch[-1] * (1 + rng.random(batch[-1].shape) * (rng.random(batch[-1].shape) < 0.3))
+    run = jax.jit(jax.vmap(lambda *problem: sg.allocate(*problem).weights))
+    before, after = (
+        np.sum(batch[0] * np.asarray(run(*batch[:-1], budget), float), axis=1)
+        for budget in (batch[-1], more)
+    )
+    assert np.quantile(after / before, 0.001) >= 1 - 1e-3
+    assert np.min(after / before) >= 0.99
+
+
+@pytest.mark.once
+def test_many_terms_are_served_by_classes():
+    rng = np.random.default_rng(0)
+    terms, num_rows = 20_000, 2_000
+    rows = rng.integers(num_rows, size=(terms, 2))
+    value, cost = rng.lognormal(0, 1, terms), rng.uniform(0.5, 2, (terms, 2))
+    room = np.ones(terms)
+    full = np.zeros(num_rows)
+    np.add.at(full, rows, cost)
+    budget = full * rng.random(num_rows)
+    weights = np.asarray(allocate(value, cost, rows, 0 * room, room, budget).weights, float)
+    named = allocate(value, cost, rows, 0 * room, room, budget, bins=16, rounds=2).weights
+    np.testing.assert_array_equal(weights, np.asarray(named, float))
+    both = np.where(rows[:, :1] == rows[:, 1:], np.stack([cost.sum(1), 0 * room], 1), cost)
+    best = value @ in_sequence(value, both, rows, room, budget)
+    assert value @ weights >= 0.995 * best
+    spent = np.zeros(num_rows)
+    np.add.at(spent, rows, cost * weights[:, None])
+    assert (spent <= budget * (1 + 1e-5)).all()
+
+
 GOOD = dict(
     value=[1.0], cost=[[1.0, 1.0]], rows=[[0, 1]], lower=[0.0], upper=[1.0], row_budget=[1.0, 1.0]
 )
 BAD = [
     (dict(policy="best"), "policy"),
     (dict(rounds=0), "rounds"),
-    (dict(repricings=-1), "repricings"),
     (dict(bins=1), "bins = 1"),
+    (dict(bins=-1), "bins = -1"),
+    (dict(upper=[np.inf]), r"upper\[0\] = inf must be finite"),
+    (dict(lower=[-np.inf]), r"lower\[0\] = -inf must be finite"),
     (dict(bins=8, policy="fair"), "bins = 8"),
     (dict(lower=[-1.0], policy="fair"), r"lower\[0\] = -1.0 must be finite and at least 0"),
     (dict(value=[[1.0]]), "value must"),

@@ -96,7 +96,11 @@ def test_activation_constants(name):
 
 
 def test_rules_constants_and_errors():
-    params = {"conv": jnp.ones((2, 1, 3, 3)), "head": 2 * jnp.eye(2), "bias": jnp.ones(2)}
+    params = {
+        "conv": {"weight": jnp.ones((2, 1, 3, 3))},
+        "head": 2 * jnp.eye(2),
+        "bias": jnp.ones(2),
+    }
     certificate = lipschitz_certificate(params)
     np.testing.assert_allclose(certificate.layers, [3 * np.sqrt(18), 2], rtol=6e-3)
     half = lipschitz_certificate(params, activations=[0.5])
@@ -116,3 +120,17 @@ def test_rules_constants_and_errors():
         lipschitz_lower_bound(jnp.tanh, jnp.ones(2))
     with pytest.raises(ValueError, match="steps"):
         lipschitz_lower_bound(jnp.tanh, jnp.ones((1, 2)), steps=0)
+
+
+def test_circular_convolutions_as_flax_stores_them(eps):
+    rng = np.random.default_rng(0)
+    params = {k: {"kernel": jnp.asarray(rng.standard_normal((5, 5, 1, 1)), float)} for k in "ab"}
+    # exact norms: the largest of the kernel's Fourier transform
+    exact = np.prod(
+        [
+            np.abs(np.fft.fft2(np.asarray(p["kernel"])[:, :, 0, 0], (64, 64))).max()
+            for p in params.values()
+        ]
+    )
+    upper = float(lipschitz_certificate(params).upper)
+    assert exact * (1 - 100 * eps) <= upper <= 25 * exact

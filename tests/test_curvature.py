@@ -54,6 +54,31 @@ def test_nearly_disconnected_parts_stay_certified(eps):
         assert slack >= -100 * eps * float(bound.lipschitz)
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_an_imprimitive_hessian_is_bounded_by_its_perron_root(seed, eps):
+    # a star, and a bipartite graph: without a diagonal plain iterates take turns between two ends
+    if seed:
+        rng = np.random.default_rng(seed)
+        i, j = rng.integers(20, size=60), 20 + rng.integers(30, size=60)
+        couplings, num_nodes = rng.lognormal(0, 1, 60), 50
+    else:
+        i, j, couplings, num_nodes = np.zeros(99, int), np.arange(1, 100), np.ones(99), 100
+    graph = sg.EnergyGraph(
+        None, sg.PairTerm(lambda a, b: a * b, i, j, couplings), num_nodes=num_nodes
+    )
+    hessian = np.zeros((num_nodes, num_nodes))
+    np.add.at(hessian, (i, j), couplings)
+    perron = np.linalg.eigvalsh(hessian + hessian.T).max()
+    bounds = [
+        graph.curvature(jnp.zeros(num_nodes), scaling_iterations=k) for k in (0, 1, 3, 10, 30)
+    ]
+    found = np.array([float(bound.lipschitz) for bound in bounds])
+    assert (np.diff(found) <= 100 * eps * found[0]).all()
+    assert (found >= perron * (1 - 10 * eps)).all()
+    assert found[3] <= 1.05 * perron
+    assert found[4] <= 1.01 * perron
+
+
 def test_quadratic_edge_pays_four_weights():
     graph = sg.EnergyGraph(None, sg.Quadratic([0, 1], [1, 2], [1.0, 2.0]), num_nodes=3)
     curvature = graph.curvature(jnp.zeros(3))

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import smallgain_jax as sg
+from smallgain_jax.networks.certificate import lipschitz_certificate
 from smallgain_jax.networks.kappa import STATIC, kappa_budget
-from smallgain_jax.networks.layers import Layer, find_layers, matrix_layers
+from smallgain_jax.networks.layers import Layer, convolution, find_layers, matrix_layers
 from smallgain_jax.spectral.norms import coarse_bound, spectral_bound
 
 SHAPES = {"a": (12, 8), "b": (12, 12), "c": (5, 12)}
@@ -151,7 +152,7 @@ def test_allocation_follows_the_pressure():
 def test_convolution_bound_holds_for_the_operator():
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((3, 2, 3, 3))
-    layer = matrix_layers((), kernel)
+    layer = matrix_layers((jax.tree_util.GetAttrKey("weight"),), kernel)
     assert layer.gain == 3
     size, operator = 6, np.zeros((3, 6, 6, 2, 6, 6))
     for dy in range(3):
@@ -162,6 +163,74 @@ def test_convolution_bound_holds_for_the_operator():
     exact = np.linalg.norm(operator.reshape(3 * 36, 2 * 36), 2)
     bound = layer.gain * spectral_bound(layer.matrix(jnp.asarray(kernel))).upper
     assert exact <= bound <= 3 * exact
+    # the same operator as Flax stores it
+    flax = kernel.transpose(2, 3, 1, 0)
+    known = matrix_layers((jax.tree_util.DictKey("kernel"),), flax)
+    assert known.gain == 3
+    same = known.gain * spectral_bound(known.matrix(jnp.asarray(flax))).upper
+    np.testing.assert_allclose(same, bound, rtol=1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("name", "shape"), [("w", (5, 5, 1, 4)), ("kernel", (8, 2, 4))])
+def test_a_layout_that_nothing_tells_is_refused(name, shape):
+    params = {"layer": {name: jnp.ones(shape)}}
+    for ask in (kappa_budget(1.0).init, lipschitz_certificate):
+        with pytest.raises(ValueError, match=rf"layers must be given: .*{name}"):
+            ask(params)
+    told = lambda path, leaf: convolution(leaf, "HWIO")
+    assert kappa_budget(1.0, layers=told).init(params).info.bounds.shape == (1,)
+
+
+@pytest.mark.parametrize("projection", ["scale", "clip", "soft"])
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_squares_that_leave_float32(projection, scale):
+    params = {"a": scale * jnp.eye(2, dtype=jnp.float32), "b": jnp.eye(2, dtype=jnp.float32)}
+    optimizer = kappa_budget(1.0, projection=projection)
+    update = jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    for fill in (0, 1e19, 1.0):
+        raw = {key: jnp.full_like(leaf, fill) for key, leaf in params.items()}
+        cut, state = update(raw, state, params)
+        params = optax.apply_updates(params, cut)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+        norms = [np.linalg.norm(np.asarray(leaf, float), 2) for leaf in params.values()]
+        assert np.prod(norms) <= 1 + 1e-5
+        assert np.isfinite(state.info.cosine)
+    assert state.skipped == 0
+    # what cancels against 1e25 is gone; the next update of ordinary size is not
+    assert np.prod(norms) >= 0.9
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_meshes(kind):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    rng = np.random.default_rng(0)
+    plain = {"w": jnp.asarray(rng.standard_normal((8, 4)), jnp.float32), "b": jnp.ones(8)}
+    raw = {"w": 0.1 * plain["w"], "b": plain["b"]}
+    optimizer = kappa_budget(1.0)
+    update = jax.jit(optimizer.update)
+    expected, after = update(raw, optimizer.init(plain), plain)
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.PartitionSpec("rows")
+        params, grown = (jax.device_put(tree, rows) for tree in (plain, raw))
+        found, state = update(grown, optimizer.init(params), params)
+        update(grown, state, params)
+        assert found["w"].sharding.spec[0] == "rows"
+    np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.info.bounds, after.info.bounds, rtol=1e-5)
+
+
+@pytest.mark.once
+def test_no_nan_and_no_infinity_on_the_way():
+    params = {k: 3 * jnp.eye(3) for k in "ab"}
+    optimizer = kappa_budget(1.0)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        state = optimizer.init(params)
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            cut, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+    assert np.isfinite(cut["a"]).all()
 
 
 def test_layers_by_rule_round_trip():

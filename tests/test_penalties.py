@@ -536,6 +536,57 @@ def test_reweighted_least_squares_is_monotone(name, omega, dtype):
 # --- in an energy graph --------------------------------------------------------------------------
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("delta", [2e-38, 1e-25, 1e-19, 1e19, 1e38])
+def test_log_sparsity_is_finite_over_the_range_of_float32(delta):
+    delta = np.float32(delta)
+    x = np.concatenate([2 * np.float32(10.0) ** np.arange(-38, 38, 1, np.float32), [0, delta]])
+    x = np.clip(x, 0, np.finfo(np.float32).max).astype(np.float32)
+    penalty, top = LogSparsity(delta), float(np.finfo(np.float32).max)
+    d, z = L(delta), x.astype(L)
+    bound = 2 / (d**2 + z**2)
+    hessian = bound * (d - z) * (d + z) / (d**2 + z**2)
+    for found, exact in (
+        (penalty.hessian_diagonal(x), hessian),
+        (penalty.hvp(x, np.ones_like(x)), hessian),
+        (penalty.majorizer_diagonal(x), bound),
+        (penalty.gradient(x), bound * z),
+    ):
+        assert np.isfinite(found).all()
+        # what cancels near |x| = delta is known to the rounding of its terms
+        error = np.abs(np.asarray(found).astype(L) - np.clip(exact, -top, top))
+        assert (error <= 2e-5 * np.abs(exact) + 1e-6 * bound + 1e-37).all()
+    # and by autodiff of the value, wherever the exact one and its two terms fit
+    fits = bound < 1e37
+    bent = jax.jvp(jax.grad(lambda x: penalty(x)), (x,), (np.ones_like(x),))[1]
+    error = np.abs(np.asarray(bent).astype(L) - hessian)
+    assert (error <= 1e-6 * bound + 1e-37)[fits].all()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("penalty", "x", "expected"),
+    [
+        (SmoothedL1(1.0, weight=1e-10), np.full(100, 3e38), 100 * 3e38 * 1e-10),
+        (TopK(2, weight=1e-10), np.full(4, 2e20), 1e-10 * (2e20) ** 2),
+        (JumpReLU([2e38] * 4, 1.0, weight=1e-10), np.full(4, 3e38), 1e-10 * 4 * 2e38),
+    ],
+    ids=["smoothed_l1", "top_k", "jumprelu"],
+)
+def test_a_penalty_overflows_no_sooner_than_it_must(penalty, x, expected):
+    np.testing.assert_allclose(penalty(x.astype(np.float32)), expected, rtol=1e-5)
+    assert np.isfinite(penalty.gradient(x.astype(np.float32))).all()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("penalty", [TopK(1, weight=0.0), JumpReLU([1.0, 1.0], 0.1, weight=0.0)])
+def test_a_weight_of_zero_switches_a_penalty_off(penalty):
+    x = jnp.array([1.0, -2.0])
+    assert penalty(x) == 0
+    np.testing.assert_array_equal(penalty.gradient(x), 0)
+    np.testing.assert_array_equal(penalty.majorizer_diagonal(x), 0)
+
+
 @every
 def test_is_a_local_energy(name):
     penalty = SIX[name]()

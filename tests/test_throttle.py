@@ -312,3 +312,64 @@ def test_state_survives_donation():
     for _ in range(3):
         params, state = donated(params, state)
     assert state.count == 3
+
+
+@pytest.mark.parametrize("curvature", ["secant", "hvp", "power"])
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
+def test_squares_that_leave_float32(curvature, scale):
+    scale = jnp.asarray(scale, jnp.float32)
+    # curvature `scale` at a rate of ten times its limit: after the first answers alpha = 1.5 / 20
+    loss = lambda x: scale * jnp.sum(x**2) / 2
+    optimizer = throttle(
+        optax.sgd(20 / scale), 20 / scale, loss=None if curvature == "secant" else loss,
+        curvature=curvature, eps=0.0,
+    )  # fmt: skip
+    x = jnp.asarray([1.0, -2.0], jnp.float32)
+    state, update = optimizer.init(x), jax.jit(optimizer.update)
+    for _ in range(3):
+        updates, state = update(jax.grad(loss)(x), state, x)
+        x = optax.apply_updates(x, updates)
+    assert state.skipped == 0
+    np.testing.assert_allclose(state.gradient_lipschitz / scale, 1, rtol=1e-3)
+    np.testing.assert_allclose(state.alpha, 0.075, rtol=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("curvature", ["secant", "power"])
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_meshes(kind, curvature):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    loss = lambda p: jnp.sum(p["w"] ** 2) + 3 * jnp.sum(p["b"] ** 2)
+    plain = {"w": jnp.ones((8, 4)), "b": jnp.ones(8)}
+    optimizer = throttle(optax.sgd(1.0, momentum=0.5), 1.0, curvature=curvature, loss=loss)
+
+    @jax.jit
+    def step(params, state):
+        updates, state = optimizer.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    def run(params):
+        state = optimizer.init(params)
+        for _ in range(4):
+            params, state = step(params, state)
+        return params, state.alpha
+
+    expected, alpha = run(plain)
+    with jax.set_mesh(mesh):
+        params, found = run(jax.device_put(plain, jax.sharding.PartitionSpec("rows")))
+        assert params["w"].sharding.spec[0] == "rows"
+    np.testing.assert_allclose(found, alpha, rtol=1e-5)
+    np.testing.assert_allclose(params["w"], expected["w"], rtol=1e-5)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("curvature", ["secant", "hvp", "power"])
+def test_no_nan_and_no_infinity_on_the_way(curvature):
+    optimizer = throttle(optax.sgd(1.0), 1.0, curvature=curvature, loss=lambda x: jnp.sum(x**2))
+    x = jnp.ones(3)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        state = optimizer.init(x)
+        for update in (optimizer.update, jax.jit(optimizer.update)):
+            updates, state = update(2 * x, state, x)
+            x = optax.apply_updates(x, updates)
+    assert np.isfinite(x).all()

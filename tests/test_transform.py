@@ -287,7 +287,11 @@ class TestContract:
         np.testing.assert_array_equal(updates, 0.0)
         np.testing.assert_array_equal(after.weights, state.weights)
         np.testing.assert_array_equal(after.scores, state.scores)
-        jax.tree.map(np.testing.assert_array_equal, after.base_state, state.base_state)
+        assert after.info.skipped == state.info.skipped + 1
+        assert not after.info.accepted
+        marks = dict(accepted=state.info.accepted, skipped=state.info.skipped)
+        unmarked = after._replace(info=after.info._replace(**marks))
+        jax.tree.map(np.testing.assert_array_equal, unmarked, state)
         moved, _ = self.step(optimizer, x, after)
         assert jnp.isfinite(moved).all()
         assert (moved != x).any()
@@ -315,6 +319,76 @@ class TestContract:
         check_grads(outcome, (weight,), order=1, modes=["rev"], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.x64
+@pytest.mark.parametrize("policy", ["greedy", "fair"])
+def test_budgets_hold_for_the_weights_in_force(policy):
+    scenario = random_graph("uniform", 30, 90, seed=0)
+    graph, x0 = scenario.graph, scenario.x0
+    top = graph.curvature(x0).lipschitz
+
+    @jax.jit
+    @jax.vmap
+    def run(rate):
+        optimizer = sg.small_gain(
+            optax.sgd(rate), graph, limit=2 / rate, policy=policy, smoothing=None,
+            global_budget=500.0,
+        )  # fmt: skip
+
+        def step(carry, _):
+            x, state = carry
+            curvature = graph.curvature(x)
+            updates, after = optimizer.update(graph.gradient(x), state, x, bounds=(0.0, 1.0))
+            out = curvature.local_rows, curvature.edge_cost, state.weights, after.weights
+            return (optax.apply_updates(x, updates), after), (out, after.info)
+
+        return jax.lax.scan(step, (x0, optimizer.init(x0)), length=25)[1]
+
+    (local, cost, held, weights), info = jax.tree.map(
+        np.asarray, run(jnp.array([0.5, 1.2, 1.9, 3.0]) / top)
+    )
+
+    def rows(w):
+        sums, (runs, steps) = local.copy(), np.indices(local.shape[:2])
+        for side, ends in enumerate((graph.i, graph.j)):
+            at = runs[..., None], steps[..., None], np.asarray(ends)
+            np.add.at(sums, at, w * cost[..., side])
+        return sums
+
+    lower = np.maximum(0.1, 0.9 * held)
+    budget = 0.7 * np.maximum(0.9 * info.limit[..., None] - rows(lower), 0)
+    assert (rows(weights) - rows(lower) <= budget + 1e-9).all()
+    # and what is reported is what is in force
+    spent = np.maximum(rows(weights) - rows(lower), 0)
+    np.testing.assert_allclose(info.spent_rows, spent, atol=1e-9)
+    everything = np.sum(cost.max(axis=-1) * np.maximum(weights - lower, 0), axis=-1)
+    np.testing.assert_allclose(info.spent_global, everything, rtol=1e-9, atol=1e-9)
+    assert (everything <= 500 + 1e-6).all()
+    assert (weights != held).any(axis=(1, 2)).all()
+    assert info.accepted.any(axis=1).all()
+
+
+@pytest.mark.once
+def test_a_bad_batch_at_every_turn_is_measured_at_the_next_good_one():
+    scenario = problem()
+    optimizer = sg.small_gain(optax.sgd(0.05), scenario.graph, objective="adapted", every=2)
+    x = scenario.x0
+    state, update = optimizer.init(x), jax.jit(optimizer.update)
+    gradient = scenario.graph.gradient(x)
+    _, skipped = update(gradient * jnp.nan, state, x)
+    np.testing.assert_array_equal(skipped.weights, 1.0)
+    assert skipped.count == 0
+    _, after = update(gradient, skipped, x)
+    _, fresh = update(gradient, state, x)
+    assert (after.weights != 1).any()
+    np.testing.assert_array_equal(after.weights, fresh.weights)
+
+
+@pytest.mark.once
+def test_no_infinity_rests_in_a_state():
+    optimizer = sg.small_gain(optax.sgd(0.1), problem().graph)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(optimizer.init(problem().x0)))
+
+
 BAD = [
     (dict(policy="best"), "policy"),
     (dict(value="best"), "value"),
@@ -327,6 +401,11 @@ BAD = [
     (dict(floor=0.0), "floor"),
     (dict(floor=2.0, ceiling=1.0), "floor = 2.0 must not exceed ceiling"),
     (dict(ema=1.5), "ema"),
+    (dict(limit=-1.0), "limit = -1.0 must be positive"),
+    (dict(guard=-1), "guard = -1"),
+    (dict(rounds=0), "rounds = 0"),
+    (dict(max_backtracks=-1), "max_backtracks = -1"),
+    (dict(min_cosine=2.0), "min_cosine"),
 ]
 
 
@@ -335,6 +414,13 @@ BAD = [
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         sg.small_gain(optax.sgd(0.1), problem().graph, **change)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("wrap", [sg.small_gain, sg.gradnorm, sg.auto_cap])
+def test_a_factory_is_no_optimizer(wrap):
+    with pytest.raises(TypeError, match=r"base_optimizer is the function sgd: call it"):
+        wrap(optax.sgd, problem().graph)
 
 
 @pytest.mark.once

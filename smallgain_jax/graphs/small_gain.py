@@ -1,399 +1,159 @@
-r"""The skeleton of every reweighting optimizer: gradient of F(x; w), base update, acceptance.
+r"""`small_gain` on energy graphs: the terms share the stability margin of the base optimizer."""
 
-A rule moves the weights; the base optimizer is fed the gradient of $F(x; w)$, its rows multiplied
-by their gains; what it answers is guarded, tested and accepted on the declared objective.
-"""
-
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
-
-import equinox as eqx
-import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, float_dtype
-from smallgain_jax._tree import select
+from smallgain_jax._checks import check_bounds, check_count, check_fraction
+from smallgain_jax.allocation.knapsack import POLICIES
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.weights import Rule, Snapshot, scaled, unspent
-from smallgain_jax.limits.closed_forms import measured_limit
-from smallgain_jax.search.armijo import Trial, armijo
-from smallgain_jax.search.box import Box
-from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale
+from smallgain_jax.graphs.proposal import Limit as Limit
+from smallgain_jax.graphs.proposal import Settings
+from smallgain_jax.graphs.reweighted import SmallGainInfo as SmallGainInfo
+from smallgain_jax.graphs.reweighted import SmallGainState as SmallGainState
+from smallgain_jax.graphs.reweighted import reweighted
+from smallgain_jax.graphs.weights import VALUES, allocation_rule
 from smallgain_jax.spectral.rows import Activity
 
-Limit = float | jax.Array | Callable[[jax.Array], Any] | None
-
-OBJECTIVES = ("reference", "adapted")
-GUARDS = ("measured", "majorized", None)
-AGREEMENT = 0.99
-"""Smallest cosine, in D's metric, between the reweighted gradient and the reference one."""
+STATIC = ("every", "scaling_iterations", "max_backtracks", "rounds", "terms")
+"""Arguments that shape the program: `static_args` of `inject_hyperparams`."""
 
 
-class SmallGainInfo(NamedTuple):
-    """What a reader of one update wants to know; `telemetry` turns it into columns.
-
-    K terms, x of shape [n] (or [n, d]); energies in the objective's unit, curvatures in energy per
-    squared unit of x.
-    """
-
-    energy_reference: jax.Array  # [] F(x; 1) at the parameters before this update
-    energy_adapted: jax.Array  # [] F(x; w) there, w after the rule
-    lipschitz: jax.Array  # [] max_r R_r(1)
-    limit: jax.Array  # [] curvature limit of the base optimizer; inf where there is none
-    margin_rows: jax.Array  # [n] T_r - R_r(w), before spending
-    margin_global: jax.Array  # [] the smallest of them
-    spent_rows: jax.Array  # [n] budget used on each row
-    spent_global: jax.Array  # []
-    cost: jax.Array  # [K] dearest row of each term at unit weight
-    hinge_activity: jax.Array  # [K]
-    guard: jax.Array  # [] factor on the base optimizer's update
-    cosine: jax.Array  # [] between the step and the reference descent direction
-    accepted: jax.Array  # [] bool
-    last_step_backtracks: jax.Array  # [] int32
-    total_backtracks: jax.Array  # [] int32
-
-
-class SmallGainState(NamedTuple):
-    """State of `small_gain`, `gradnorm` and `auto_cap`. K terms."""
-
-    count: jax.Array  # type: ignore[assignment]  # [] int32
-    weights: jax.Array  # [K] current weights; 1 is the reference objective
-    previous_weights: jax.Array  # [K] those before the last accepted step
-    scores: jax.Array  # [K] moving averages of value over cost
-    last_value: jax.Array  # [] declared objective after the last accepted step; inf at first
-    base_state: Any
-    info: SmallGainInfo
-
-
-class Settings(NamedTuple):
-    """Static and numeric settings of the skeleton; `small_gain` documents each."""
-
-    limit: Limit = None
-    target: ArrayLike = 0.9
-    objective: str = "reference"
-    smoothing: Activity | float | None = 1e-3
-    scaling_iterations: int = 0
-    row_gains: bool = False
-    guard: str | None = None
-    min_cosine: ArrayLike = 1e-3
-    max_backtracks: int = 20
-
-
-class _Setting(eqx.Module):
-    """The objective around the parameters: everything a step under some weights needs."""
-
-    graph: EnergyGraph
-    snapshot: Snapshot
-    value: jax.Array  # [] F(x; 1)
-    local_energy: jax.Array  # []
-    box: Box
-    reference: bool = eqx.field(static=True)
-
-    def energy(self, weights: jax.Array, x: jax.Array) -> jax.Array:
-        """The declared objective."""
-        return self.graph.energy(x, None if self.reference else weights)
-
-    def adapted_energy(self, weights: jax.Array) -> jax.Array:
-        """F(x; w) at the parameters."""
-        return self.local_energy + jnp.vdot(weights, self.snapshot.term_energies)
-
-    def declared_energy(self, weights: jax.Array) -> jax.Array:
-        """The declared objective at the parameters."""
-        return self.value if self.reference else self.adapted_energy(weights)
-
-    def gradient(self, weights: jax.Array) -> jax.Array:
-        """Of F(x; w), on the nodes that the box lets move."""
-        extra = self.graph.scatter(scaled(weights - 1, self.snapshot.term_gradients))
-        gradient = self.snapshot.gradient + extra
-        return jnp.where(self.box.blocks(self.snapshot.x, -gradient), 0, gradient)
-
-    def rows(self, weights: jax.Array) -> jax.Array:
-        """R(w)."""
-        curvature = self.snapshot.curvature
-        return curvature.local_rows + self.graph.scatter(scaled(weights, curvature.edge_cost))
-
-    def declared(self, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gradient and rows of the declared objective."""
-        if self.reference:
-            return self.snapshot.gradient, self.snapshot.curvature.row_sums
-        return self.gradient(weights), self.rows(weights)
-
-    @property
-    def finite(self) -> jax.Array:
-        snapshot = self.snapshot
-        return (
-            jnp.isfinite(self.value)
-            & jnp.all(jnp.isfinite(snapshot.gradient))
-            & jnp.all(jnp.isfinite(snapshot.term_gradients))
-            & jnp.isfinite(snapshot.curvature.lipschitz)
-        )
-
-
-class _Proposal(NamedTuple):
-    """A step under given weights, before its length is settled."""
-
-    move: jax.Array  # [n] feasible and guarded
-    base_state: Any
-    reached: jax.Array  # [] declared objective after it
-    slope: jax.Array  # [] <declared gradient, move>
-    cosine: jax.Array  # [] with the declared descent direction
-    guard: jax.Array  # []
-
-
-def reweighted(
+def graph_small_gain(
     base_optimizer: optax.GradientTransformation,
-    graph: EnergyGraph | None,
-    rule: Rule,
-    settings: Settings,
+    terms: EnergyGraph,
+    *,
+    limit: Limit = None,
+    target: ArrayLike = 0.9,
+    policy: str = "greedy",
+    value: str = "alignment",
+    objective: str = "reference",
+    every: int = 1,
+    budget_fraction: ArrayLike = 0.7,
+    global_budget: ArrayLike = np.inf,
+    max_step_change: ArrayLike = 0.1,
+    floor: ArrayLike = 0.1,
+    ceiling: ArrayLike = 3.0,
+    ema: ArrayLike = 0.3,
+    row_gains: bool = True,
+    guard: str | None = "measured",
+    rounds: int | None = None,
+    smoothing: Activity | float | None = 1e-3,
+    scaling_iterations: int = 0,
+    min_cosine: ArrayLike = 1e-3,
+    max_backtracks: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap a base optimizer by a rule for the weights of `graph`'s terms; see `small_gain`."""
-    if settings.objective not in OBJECTIVES:
-        raise ValueError(
-            f"objective = {settings.objective!r} is unknown: choose from {', '.join(OBJECTIVES)}"
-        )
-    if settings.guard not in GUARDS:
-        raise ValueError(
-            f"guard = {settings.guard!r} is unknown: choose from measured, majorized, None"
-        )
-    check_fraction("target", settings.target)
-    base = optax.with_extra_args_support(base_optimizer)
-    if graph is None:
-        return base
-    if settings.limit is None:
-        settings = settings._replace(limit=measured_limit(base_optimizer))
-    reference = settings.objective == "reference"
-    own = graph
+    r"""Wrap a base optimizer so that the terms of an energy graph share the stability margin.
 
-    def init(params: jax.Array) -> SmallGainState:
-        return _initial_state(own, base, params)
+    At each update, with $R_r(w)$ the row sums of the Hessian's bound and $T = c \times$ limit:
 
-    def update(
-        updates: jax.Array,
-        state: SmallGainState,
-        params: jax.Array | None = None,
-        *,
-        bounds: tuple[Any, Any] | None = None,
-        graph: EnergyGraph | None = None,
-        **extra_args: Any,
-    ) -> tuple[jax.Array, SmallGainState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
-        graph = own if graph is None or not _alike(graph, own) else graph
-        here = _look(graph, settings, updates, state, params, bounds)
-        held, scores = _roll_back(here, state)
-        # a decision, not a function to differentiate: sorting and shrinking have no useful slope
-        decided = jax.lax.stop_gradient(rule(graph, here.snapshot, held, scores))
-        decided = select(here.finite, decided, unspent(here.snapshot, held, scores))
-        weights = _shrink_to_angle(here, decided.weights) if reference else decided.weights
+    1. prices: $C_{kr}$ from the terms' Hessian blocks; values $v_k$ from their gradients; scores
+       are moving averages of value over cost;
+    2. allocation: weights start at $l_k = \max(\mathrm{floor}, (1 - \eta) w_k)$ and are raised
+       towards $u_k = \min(\mathrm{ceiling}, (1 + \eta) w_k)$ by score, within the budgets
+       $b_r = \rho \max(0, T - R_r(l))$;
+    3. row gains: row r of the gradient of $F(x; w)$ is multiplied by $T / R_r(w)$;
+    4. the base optimizer answers with u, which the guard scales by
+       $\min(1, 2c\langle -g, u\rangle / \sum_r R_r u_r^2)$;
+    5. acceptance: Armijo backtracking on the declared objective. For the reference objective also
+       an angle test, and the step must reach no higher than the one that w = 1 gives, which is
+       taken instead where it wins. A failed step leaves the parameters where they were.
 
-        def propose(w: jax.Array) -> _Proposal:
-            return _propose(here, settings, base, w, updates.dtype, state, params, extra_args)
+    In the mode "reference" weights choose directions, never the problem: an accepted step does not
+    increase $F(x; 1)$. Weights whose direction strays too far, fails or does not pay shrink towards
+    1, or, where 1 itself is over a budget, towards the weights nearest to it on the segment from
+    the lower weights: the budgets hold for the weights in force, which `state.weights` are and the
+    info reports. The step with w = 1 may always be taken, so limits are stationary points of what
+    the user wrote (Zoutendijk; Nocedal and Wright, theorem 3.2). In the mode "adapted" weights are
+    hyperparameters, and $F(x; w)$ is what decreases.
 
-        chosen, lost = propose(weights), jnp.zeros((), bool)
-        if reference:
-            # spending must pay: the reweighted step has to beat the one the user's weights give
-            plain = propose(jnp.ones_like(weights))
-            lost = ~(chosen.reached <= plain.reached)
-            chosen = select(lost, plain, chosen)
+    Args:
+      base_optimizer: any optax optimizer, line searches included.
+      terms: the objective.
+      limit: curvature limit of the base optimizer, positive: a scalar, or a schedule of the step
+        count; None measures it, and where there is none (Adam, schedules) takes the reference bound
+        L itself, so that only shares move.
+      target: c in (0, 1), the fraction of the limit to use.
+      policy: "greedy" or "fair", of `allocate`.
+      value: "alignment" for <grad F(x; 1), grad e_k>; "grad_norm" for ||grad e_k||^2 (the seeds'
+        proxy, which depends on the units of a term); or "peek", the measured decrease, for at most
+        5 % of the terms (16 at most) every 10 steps.
+      objective: "reference" or "adapted".
+      every: allocate at every so many updates, static.
+      budget_fraction: rho in [0, 1].
+      global_budget: limit on what all terms together may spend, in curvature.
+      max_step_change: eta in [0, 1], largest relative change of a weight per allocation.
+      floor, ceiling: bounds of every weight, positive.
+      ema: weight of the newest score in its average, in [0, 1].
+      row_gains: whether step 3 is taken.
+      guard: "measured" takes the curvature along u in place of the sum over rows, which admits
+        longer steps (momentum needs them) and leaves the proof to step 5; "majorized" is the
+        formula above; None leaves u as it is.
+      rounds: of `allocate`, static; None for its default.
+      smoothing: hinge pricing, as in `EnergyGraph.curvature`; None prices hinges as active, under
+        which the guard is a guarantee wherever the bound holds along the step.
+      scaling_iterations: power iterations that tighten the rows, static.
+      min_cosine: smallest cosine between a step and the reference descent direction.
+      max_backtracks: halvings before a step counts as failed, static.
 
-        def trial(step: jax.Array) -> Trial:
-            candidate = here.snapshot.x + step * chosen.move
-            return Trial(here.energy(weights, candidate), step * chosen.slope, None)
+    Returns:
+      An optax transformation with a `SmallGainState`; `update` needs `params`. It reads the extra
+      arguments `bounds` (lower, upper), to keep steps feasible, and `graph`, one that differs from
+      `terms` in numbers alone and takes its place: as data of the program, where `terms` are
+      constants of it. `relax` passes both. An update whose gradient, energy or curvature is not
+      finite moves nothing but `info.skipped` and `info.accepted`. For derivatives through an update
+      the allocated weights are constants.
 
-        now = here.declared_energy(weights)
-        search = armijo(trial, now, max_backtracks=settings.max_backtracks)
-        accepted = search.accepted & (chosen.cosine >= settings.min_cosine) & here.finite
-        step = jnp.where(accepted, search.step * chosen.move, 0)
+    Raises:
+      ValueError: an unknown name, or a concrete number outside its range.
+      TypeError: a factory in place of an optimizer, terms that are no graph.
 
-        curvature = here.snapshot.curvature
-        margin = here.snapshot.target - here.rows(held)
-        per_term = tuple(range(1, curvature.edge_cost.ndim))
-        info = SmallGainInfo(
-            energy_reference=here.value,
-            energy_adapted=here.adapted_energy(weights),
-            lipschitz=curvature.lipschitz,
-            limit=here.snapshot.limit,
-            margin_rows=margin,
-            margin_global=jnp.min(margin, initial=jnp.inf),
-            spent_rows=decided.spent_rows,
-            spent_global=decided.spent_global,
-            cost=jnp.max(curvature.edge_cost, axis=per_term, initial=0.0),
-            hinge_activity=graph.hinge_activity(here.snapshot.x, settings.smoothing),
-            guard=chosen.guard,
-            cosine=chosen.cosine,
-            accepted=accepted,
-            last_step_backtracks=search.backtracks,
-            total_backtracks=state.info.total_backtracks + search.backtracks,
-        )
-        kept = weights
-        if reference:
-            # weights that failed to pay go halfway back to the reference
-            kept = jnp.where(accepted & ~lost, weights, 1 + (weights - 1) / 2)
-        value = jnp.where(accepted, search.trial.value, now)
-        new_state = SmallGainState(
-            count=optax.safe_increment(state.count),
-            weights=jnp.where(here.finite, kept, held),
-            previous_weights=held,
-            scores=decided.scores,
-            last_value=jnp.where(here.finite, value, state.last_value),
-            base_state=select(here.finite, chosen.base_state, state.base_state),
-            info=info,
-        )
-        return step.astype(updates.dtype), cast_like(new_state, state)
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
-    """Whether they differ in numbers alone."""
-    ours: Any = jax.tree.structure(a)
-    same = ours == jax.tree.structure(b)
-    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-    return bool(same) and shapes(a) == shapes(b)
-
-
-def _initial_state(
-    graph: EnergyGraph, base: optax.GradientTransformation, params: jax.Array
-) -> SmallGainState:
-    dtype = float_dtype(params)
-
-    # every field its own buffer: a donated state may not alias itself
-    def terms(fill: float) -> jax.Array:
-        return jnp.full(graph.num_edges, fill, dtype)
-
-    def rows() -> jax.Array:
-        return jnp.zeros(params.shape, dtype)
-
-    def scalar(fill: float = 0.0) -> jax.Array:
-        return jnp.full((), fill, dtype)
-
-    def counter() -> jax.Array:
-        return jnp.zeros((), jnp.int32)
-
-    info = SmallGainInfo(
-        energy_reference=scalar(),
-        energy_adapted=scalar(),
-        lipschitz=scalar(),
-        limit=scalar(),
-        margin_rows=rows(),
-        margin_global=scalar(),
-        spent_rows=rows(),
-        spent_global=scalar(),
-        cost=terms(0.0),
-        hinge_activity=terms(0.0),
-        guard=scalar(),
-        cosine=scalar(),
-        accepted=jnp.ones((), bool),
-        last_step_backtracks=counter(),
-        total_backtracks=counter(),
-    )
-    return SmallGainState(
-        count=counter(),
-        weights=terms(1.0),
-        previous_weights=terms(1.0),
-        scores=terms(0.0),
-        last_value=scalar(jnp.inf),
-        base_state=base.init(params),
-        info=info,
-    )
-
-
-def _look(
-    graph: EnergyGraph,
-    settings: Settings,
-    updates: jax.Array,
-    state: SmallGainState,
-    params: jax.Array,
-    bounds: tuple[Any, Any] | None,
-) -> _Setting:
-    dtype = state.weights.dtype
-    x = params.astype(dtype)
-    curvature = graph.curvature(
-        x, None, smoothing=settings.smoothing, scaling_iterations=settings.scaling_iterations
-    )
-    limit = curvature.lipschitz if settings.limit is None else settings.limit
-    limit = jnp.asarray(limit(state.count) if callable(limit) else limit, dtype)
-    energies, local_energy = graph.term_energies(x), graph.local_energy(x)
-    snapshot = Snapshot(
-        x=x,
-        gradient=updates.astype(dtype),
-        term_gradients=graph.term_gradients(x),
-        term_energies=energies,
-        curvature=curvature,
-        limit=limit,
-        target=jnp.asarray(settings.target * limit),
-        count=state.count,
-    )
-    box = Box(-jnp.inf, jnp.inf) if bounds is None else Box(*bounds)
-    value = local_energy + jnp.sum(energies)
-    return _Setting(graph, snapshot, value, local_energy, box, settings.objective == "reference")
-
-
-def _roll_back(here: _Setting, state: SmallGainState) -> tuple[jax.Array, jax.Array]:
-    """Weights and scores to start from: the last move is undone if it let the objective rise."""
-    declared = here.declared_energy(state.weights)
-    resolution = 4 * jnp.finfo(declared.dtype).eps * jnp.abs(declared)
-    rose = declared > state.last_value + resolution
-    moved = state.weights != state.previous_weights
-    weights = jnp.where(rose, state.previous_weights, state.weights)
-    return weights, jnp.where(rose & moved, state.scores / 2, state.scores)
-
-
-def _shrink_to_angle(here: _Setting, weights: jax.Array) -> jax.Array:
-    """Largest of w, 1 + (w - 1)/2, ..., 1 whose gradient still agrees with the reference one.
-
-    The angle is taken in D's metric, in which the row gains will step.
+    >>> import jax.numpy as jnp
+    >>> import smallgain_jax as sg
+    >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
+    >>> optimizer = graph_small_gain(optax.sgd(0.1), graph)
+    >>> sg.relax(graph, jnp.array([1.0, 0.5]), optimizer, steps=30).x.round(3).tolist()
+    [0.0, 0.0]
     """
-    rows = here.snapshot.curvature.row_sums
-    root = jnp.sqrt(jnp.where(rows > 0, rows, 1))
-    plain = here.snapshot.gradient / root
-    change = here.graph.scatter(scaled(weights - 1, here.snapshot.term_gradients)) / root
-    fractions = jnp.append(0.5 ** jnp.arange(8, dtype=weights.dtype), 0)
-    # |a + f b| and <a + f b, a> are polynomials in f: three inner products serve all fractions
-    aa, ab, bb = jnp.vdot(plain, plain), jnp.vdot(plain, change), jnp.vdot(change, change)
-    norms = jnp.sqrt(jnp.maximum(aa * (aa + 2 * fractions * ab + fractions**2 * bb), 0))
-    agrees = (aa + fractions * ab >= AGREEMENT * norms).at[-1].set(True)
-    return 1 + fractions[jnp.argmax(agrees)] * (weights - 1)
-
-
-def _propose(
-    here: _Setting,
-    settings: Settings,
-    base: optax.GradientTransformationExtraArgs,
-    weights: jax.Array,
-    dtype: Any,
-    state: SmallGainState,
-    params: jax.Array,
-    extra_args: dict[str, Any],
-) -> _Proposal:
-    x = here.snapshot.x
-    gained = here.gradient(weights)
-    if settings.row_gains:
-        rows = here.rows(weights)
-        # rows without curvature have no limit of their own; Armijo settles them
-        rows = jnp.maximum(rows, 1e-6 * jnp.max(rows, initial=0.0))
-        gained = gained * here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target)
-    gained = jnp.where(here.finite, gained, 0).astype(dtype)
-    move, base_state = base.update(gained, state.base_state, params, **extra_args)
-    move = here.box.project(x + move.astype(x.dtype)) - x
-    gradient, declared_rows = here.declared(weights)
-    factor = jnp.ones((), x.dtype)
-    if settings.guard is not None:
-        bend = jnp.vdot(declared_rows * move, move)
-        if settings.guard == "measured":
-            measured = directional_curvature(partial(here.energy, weights), x, move)
-            # negative or vanishing curvature promises nothing: fall back on the bound
-            bend = jnp.where(measured > 1e-3 * bend, measured, bend)
-        factor = guard_scale(gradient, move, bend, settings.target)
-    move = jnp.where(factor > 0, factor * move, 0)
-    return _Proposal(
-        move=move,
-        base_state=base_state,
-        reached=here.energy(weights, x + move),
-        slope=jnp.vdot(gradient, move),
-        cosine=cosine(move, -gradient),
-        guard=factor,
+    _check_names(policy, value)
+    check_count("every", every, 1)
+    check_count("rounds", rounds, 1)
+    check_count("scaling_iterations", scaling_iterations, 0)
+    check_count("max_backtracks", max_backtracks, 0)
+    check_bounds("floor", floor, "ceiling", ceiling)
+    check_fraction("budget_fraction", budget_fraction)
+    check_fraction("max_step_change", max_step_change)
+    check_fraction("ema", ema)
+    check_fraction("min_cosine", min_cosine)
+    check_fraction("global_budget", global_budget, high=np.inf)
+    rule = allocation_rule(
+        policy=policy,
+        value=value,
+        every=every,
+        budget_fraction=budget_fraction,
+        global_budget=global_budget,
+        max_step_change=max_step_change,
+        floor=floor,
+        ceiling=ceiling,
+        ema=ema,
+        rounds=rounds,
     )
+    settings = Settings(
+        limit=limit,
+        target=target,
+        objective=objective,
+        smoothing=smoothing,
+        scaling_iterations=scaling_iterations,
+        row_gains=row_gains,
+        guard=guard,
+        min_cosine=min_cosine,
+        max_backtracks=max_backtracks,
+    )
+    return reweighted(base_optimizer, terms, rule, settings)
+
+
+def _check_names(policy: str, value: str) -> None:
+    if policy not in POLICIES:
+        raise ValueError(f"policy = {policy!r} is unknown: choose from {', '.join(POLICIES)}")
+    if value not in VALUES:
+        raise ValueError(f"value = {value!r} is unknown: choose from {', '.join(VALUES)}")

@@ -38,8 +38,10 @@ class Move(NamedTuple):
 
     weights: jax.Array  # [K]
     scores: jax.Array  # [K]
-    spent_rows: jax.Array  # [n]
-    spent_global: jax.Array  # []
+    lower: jax.Array  # [K] the weights that budgets are spent from
+    lower_rows: jax.Array  # [n] R at those
+    most_rows: jax.Array  # [n] the most that R may be
+    most_global: jax.Array  # [] the most that terms may spend in all
 
 
 class Rule(Protocol):
@@ -61,7 +63,7 @@ def allocation_rule(
     floor: ArrayLike,
     ceiling: ArrayLike,
     ema: ArrayLike,
-    rounds: int,
+    rounds: int | None,
 ) -> Rule:
     """Spend the rows' margins by score; the arguments are those of `small_gain`."""
     measure = VALUES[value]
@@ -80,33 +82,45 @@ def allocation_rule(
         lower = jnp.maximum(floor, (1 - max_step_change) * weights)
         upper = jnp.maximum(jnp.minimum(ceiling, (1 + max_step_change) * weights), lower)
         at_lower = snapshot.curvature.local_rows.reshape(-1).at[rows].add(lower[:, None] * cost)
+        budgets = row_budgets(snapshot.target, at_lower, budget_fraction)
         spend = allocate(
             scores * price,
             cost,
             rows,
             lower,
             upper,
-            row_budgets(snapshot.target, at_lower, budget_fraction),
+            budgets,
             global_budget,
             policy=policy,
             rounds=rounds,
         )
-        spent_rows = spend.spent_rows.reshape(snapshot.x.shape)
-        return Move(spend.weights, scores, spent_rows, spend.spent_global)
-
-    if every == 1:
-        return allocated
-
-    def now_and_then(
-        graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
-    ) -> Move:
-        return jax.lax.cond(
-            snapshot.count % every == 0,
-            lambda: allocated(graph, snapshot, weights, scores),
-            lambda: unspent(snapshot, weights, scores),
+        shape, most = snapshot.x.shape, jnp.asarray(global_budget, lower.dtype)
+        return Move(
+            spend.weights,
+            scores,
+            lower,
+            at_lower.reshape(shape),
+            (at_lower + budgets).reshape(shape),
+            jnp.clip(most, 0, jnp.finfo(most.dtype).max),
         )
 
-    return now_and_then
+    return allocated if every == 1 else _now_and_then(allocated, every)
+
+
+def _now_and_then(rule: Rule, every: int) -> Rule:
+    """`rule` at every so many updates; in between weights stay."""
+
+    def sometimes(
+        graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
+    ) -> Move:
+        moved: Move = jax.lax.cond(
+            snapshot.count % every == 0,
+            lambda: rule(graph, snapshot, weights, scores),
+            lambda: unspent(graph, snapshot, weights, scores),
+        )
+        return moved
+
+    return sometimes
 
 
 def gradnorm_rule(
@@ -126,7 +140,7 @@ def gradnorm_rule(
         aim = target_norm * jnp.mean(norms) * lag**alpha
         ratio = jnp.where(norms > 0, aim / jnp.where(norms > 0, norms, 1), 1)
         moved = jnp.clip(weights * (1 + update_rate * (ratio - 1)), floor, ceiling)
-        return unspent(snapshot, moved, ratio)
+        return unspent(graph, snapshot, moved, ratio)
 
     return rule
 
@@ -135,12 +149,15 @@ def cap_rule(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores:
     """One common weight min(1, T / L)."""
     lipschitz = snapshot.curvature.lipschitz
     scale = jnp.minimum(1, snapshot.target / jnp.where(lipschitz > 0, lipschitz, 1))
-    return unspent(snapshot, jnp.full_like(weights, scale), scores)
+    return unspent(graph, snapshot, jnp.full_like(weights, scale), scores)
 
 
-def unspent(snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
-    """A move that touches no budget."""
-    return Move(weights, scores, jnp.zeros_like(snapshot.x), jnp.zeros((), snapshot.x.dtype))
+def unspent(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
+    """A move that spends nothing; rows may be what they are, or their target."""
+    curvature = snapshot.curvature
+    rows = curvature.local_rows + graph.scatter(scaled(weights, curvature.edge_cost))
+    most = jnp.asarray(jnp.finfo(weights.dtype).max, weights.dtype)
+    return Move(weights, scores, weights, rows, jnp.maximum(rows, snapshot.target), most)
 
 
 def scaled(values: jax.Array, pairs: jax.Array) -> jax.Array:

@@ -54,8 +54,8 @@ def lipschitz_certificate(
 
     Args:
       params: pytree of the network's parameters.
-      layers: rule (path, leaf) -> `Layer` or None, as in `kappa_budget`; None takes every leaf with
-        two axes or more.
+      layers: rule (path, leaf) -> `Layer` or None, as in `kappa_budget`; None takes matrices, and
+        convolutions whose layout the leaf's name tells.
       activations: a name of `ACTIVATIONS`, used between all layers, or one Lipschitz constant per
         gap, [n - 1].
       power_steps: of the power iteration behind each certificate, static.
@@ -64,7 +64,8 @@ def lipschitz_certificate(
       A `Certificate`; 1 for a network without layers.
 
     Raises:
-      ValueError: an unknown name, a constant that is not positive, or a wrong number of them.
+      ValueError: an unknown name, a constant that is not positive, a wrong number of them, or a
+        leaf with more than two axes whose layout is not known.
 
     >>> weights = [jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 3.0]))]
     >>> bool(6.0 <= lipschitz_certificate(weights).upper <= 6.1)

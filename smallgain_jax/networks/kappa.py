@@ -14,30 +14,28 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
-from smallgain_jax._tree import HIGHEST, dot, stat_dtype
-from smallgain_jax.allocation.knapsack import POLICIES, allocate
-from smallgain_jax.networks.layers import Layer, Rule, find_layers
-from smallgain_jax.spectral.norms import (
-    CERTAINTY,
-    coarse_bound,
-    gram_power,
-    inflation,
-    spectral_bound,
-    start_vector,
+from smallgain_jax._checks import (
+    PARAMS_NEEDED,
+    cast_like,
+    check_fraction,
+    check_positive,
+    is_concrete,
 )
+from smallgain_jax._tree import dot, norm, select, stat_dtype
+from smallgain_jax.allocation.knapsack import POLICIES, allocate
+from smallgain_jax.networks.layers import Layer, Rule, find_layers, placed_like, whole
+from smallgain_jax.networks.projections import (
+    DIRECTIONS,
+    PROJECTIONS,
+    TINY,
+    frobenius,
+    project,
+    stored,
+)
+from smallgain_jax.spectral.norms import inflation, spectral_bound, start_vector
 
 STATIC = ("layers", "policy", "projection", "every")
 """Arguments of `kappa_budget` that shape the program: `static_args` of `inject_hyperparams`."""
-
-PROJECTIONS = ("scale", "clip", "soft")
-DIRECTIONS = 4
-"""Singular directions that a clip cuts per update; scaling takes the rest."""
-CLIP_POWER_STEPS = 6
-SHARPNESS = 8
-"""Power of the soft cap: a layer at half its kappa is scaled by 1 - 5e-4."""
-TINY = 1e-30
-"""Stands for the norm of a zero matrix where a logarithm is taken."""
 
 
 class KappaInfo(NamedTuple):
@@ -60,10 +58,6 @@ class KappaState(NamedTuple):
     samples: tuple[jax.Array, ...]  # n arrays of entries of the matrices left behind
     vectors: tuple[jax.Array, ...]  # n blocks of unit vectors, warm starts of power iterations
     info: KappaInfo
-
-
-_Projected = tuple[list[jax.Array], jax.Array, tuple[jax.Array, ...], jax.Array]
-"""Updates, bounds, vectors, and the cosine with the raw update."""
 
 
 class _Chain(NamedTuple):
@@ -112,8 +106,9 @@ def kappa_budget(
 
     Args:
       l_max: bound of the product, positive.
-      layers: rule (path, leaf) -> `Layer` or None; None takes `matrix_layers`. One chain: heads in
-        parallel do not multiply, so leave them out or stack them.
+      layers: rule (path, leaf) -> `Layer` or None; None takes `matrix_layers`: matrices, and
+        convolutions whose layout the leaf's name tells. One chain: heads in parallel do not
+        multiply, so leave them out or stack them.
       policy: of `allocate` in log space: "fair" (log-gains above the floor in proportion to the
         pressure), "greedy" (to the highest pressure first); or "uniform", l_max^(1/n) each.
       projection: "clip", "scale" or "soft".
@@ -129,7 +124,8 @@ def kappa_budget(
       Its state is a `KappaState`. A non-finite update gives a zero update, counted in `skipped`.
 
     Raises:
-      ValueError: an unknown name, a number outside its range, or `update` without params.
+      ValueError: an unknown name, a number outside its range, `update` without params, or a leaf
+        with more than two axes whose layout is not known.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), kappa_budget(2.0))
     >>> params = {"a": jnp.eye(2), "b": jnp.eye(2)}
@@ -141,44 +137,11 @@ def kappa_budget(
     >>> bool(1.9 < product <= 2.0), round(state[1].info.cosine.item(), 4)
     (True, 1.0)
     """
-    if policy not in (*POLICIES, "uniform"):
-        names = ", ".join((*POLICIES, "uniform"))
-        raise ValueError(f"policy = {policy!r} is unknown: choose from {names}")
-    if projection not in PROJECTIONS:
-        names = ", ".join(PROJECTIONS)
-        raise ValueError(f"projection = {projection!r} is unknown: choose from {names}")
-    if every < 1:
-        raise ValueError(f"every = {every} must be at least 1")
-    check_positive("l_max", l_max)
-    check_positive("floor", floor)
-    check_fraction("floor", floor)
-    check_fraction("ceiling", ceiling, low=1.0, high=np.inf)
-    check_fraction("ema", ema)
-    directions = DIRECTIONS if projection == "clip" else 1
+    settings = _Settings(l_max, policy, projection, floor, ceiling, ema, every)
+    _check(settings)
 
     def init(params: Any) -> KappaState:
-        leaves, found = jax.tree.leaves(params), find_layers(params, layers)
-        dtype = stat_dtype(params)
-        n = len(found)
-
-        def filled(fill: float) -> jax.Array:
-            return jnp.full(n, fill, dtype)
-
-        return KappaState(
-            count=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            age=jnp.full((), every, jnp.int32),
-            samples=tuple(jnp.zeros_like(jax.eval_shape(_sample, leaves[k])) for k, _ in found),
-            vectors=tuple(_first_vectors(leaves[k], layer, directions) for k, layer in found),
-            info=KappaInfo(
-                kappas=jnp.broadcast_to(jnp.asarray(l_max, dtype) ** (1 / max(n, 1)), (n,)).copy(),
-                bounds=filled(0.0),
-                norms=filled(0.0),
-                pressure=filled(1.0),
-                acted=jnp.zeros(n, bool),
-                cosine=jnp.ones((), dtype),
-            ),
-        )
+        return _initial_state(params, find_layers(params, layers), settings)
 
     def update(
         updates: Any, state: KappaState, params: Any = None, **extra_args: Any
@@ -188,84 +151,176 @@ def kappa_budget(
         chain = _Chain(find_layers(params, layers))
         if not chain.found:
             return updates, state._replace(count=optax.safe_increment(state.count))
-        dtype = state.info.bounds.dtype
-        raw_leaves, structure = jax.tree.leaves(updates), jax.tree.structure(updates)
-        old_leaves = jax.tree.leaves(params)
-        length = jnp.sqrt(dot(raw_leaves, raw_leaves, dtype))
-        usable = jnp.isfinite(length)
+        raw, structure = jax.tree.flatten(updates)
+        usable = jnp.isfinite(norm(raw, state.info.bounds.dtype))
         # a poisoned update stands for none until the end, so that nothing below sees a NaN
-        safe = [jnp.where(usable, u, 0) for u in raw_leaves]
-        stored = {k: _stored(old_leaves[k], safe[k]) for k, _ in chain.found}
-        before = chain.matrices(old_leaves)
-        after = [layer.matrix(stored[k]) for k, layer in chain.found]
-        held = jax.lax.stop_gradient((before, after))
-        bounds, norms, vectors, certified = _bounds(
-            state, chain, jax.lax.stop_gradient(old_leaves), *held, l_max, every
-        )
-
+        safe = [jnp.where(usable, whole(u), 0) for u in raw]
+        old = [whole(leaf) for leaf in jax.tree.leaves(params)]
         grads = jax.tree.leaves(extra_args["grad"]) if "grad" in extra_args else None
-        wish = [
-            _wish(old_leaves[k], safe[k] if grads is None else -grads[k], dtype)
-            for k, _ in chain.found
-        ]
-        pressure = _average(state.info.pressure, jnp.maximum(jnp.stack(wish), 0), ema)
-        gains = chain.gains(dtype)
-        kappas, over = _share(bounds * gains, pressure, l_max, floor, ceiling, policy)
-        caps = kappas / gains
-        soft = projection == "soft"
-
-        def project() -> _Projected:
-            out, new_bounds, blocks = list(safe), [], []
-            for index, (k, layer) in enumerate(chain.found):
-                out[k], bound, block = _project(
-                    projection,
-                    layer,
-                    old_leaves[k],
-                    safe[k],
-                    after[index],
-                    vectors[index],
-                    bounds[index],
-                    caps[index],
-                    jnp.ones((), bool) if soft else over[index],
-                )
-                new_bounds.append(bound)
-                blocks.append(block)
-            norms_of = length * jnp.sqrt(dot(out, out, dtype))
-            cosine = dot(safe, out, dtype) / jnp.where(norms_of > 0, norms_of, 1)
-            cosine = jnp.where(norms_of > 0, cosine, 1)
-            return out, jnp.stack(new_bounds).astype(dtype), tuple(blocks), cosine
-
-        def leave() -> _Projected:
-            return list(safe), bounds, vectors, jnp.ones((), dtype)
-
-        # a loose rail costs what watching it costs
-        projected = project() if soft else jax.lax.cond(jnp.any(over), project, leave)
-        out, new_bounds, blocks, cosine = projected
+        growth = safe if grads is None else [-whole(g) for g in grads]
+        seen = _observe(state, chain, old, safe, growth, settings)
+        out, bounds, vectors = _projected(seen, chain, old, safe, settings)
         out = [jnp.where(usable, u, 0) for u in out]
-        left = jax.lax.stop_gradient([_stored(old_leaves[k], out[k]) for k, _ in chain.found])
+        left = jax.lax.stop_gradient([stored(old[k], out[k]) for k, _ in chain.found])
+        gains = chain.gains(bounds.dtype)
         info = KappaInfo(
-            kappas=kappas,
-            bounds=new_bounds * gains,
-            norms=norms * gains,
-            pressure=pressure,
-            acted=jnp.ones_like(over) if soft else over,
-            cosine=cosine,
+            kappas=seen.caps * gains,
+            bounds=bounds * gains,
+            norms=seen.norms * gains,
+            pressure=seen.pressure,
+            acted=jnp.ones_like(seen.over) if projection == "soft" else seen.over,
+            cosine=_cosine(safe, out, bounds.dtype),
         )
         new_state = KappaState(
             count=optax.safe_increment(state.count),
             skipped=state.skipped,
-            age=jnp.where(certified, 1, optax.safe_increment(state.age)),
+            age=jnp.where(seen.certified, 1, optax.safe_increment(state.age)),
             samples=tuple(_sample(leaf) for leaf in left),
-            vectors=blocks,
+            vectors=vectors,
             info=info,
         )
-        kept = jax.tree.map(
-            lambda new, old: jnp.where(usable, new, old), cast_like(new_state, state), state
-        )
+        kept = select(usable, cast_like(new_state, state), state)
         skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        return jax.tree.unflatten(structure, out), kept._replace(skipped=skipped)
+        placed = [placed_like(u, leaf) for u, leaf in zip(out, raw, strict=True)]
+        return jax.tree.unflatten(structure, placed), kept._replace(skipped=skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Settings(NamedTuple):
+    l_max: ArrayLike
+    policy: str
+    projection: str
+    floor: ArrayLike
+    ceiling: ArrayLike
+    ema: ArrayLike
+    every: int
+
+
+def _check(settings: _Settings) -> None:
+    policies = (*POLICIES, "uniform")
+    if settings.policy not in policies:
+        raise ValueError(
+            f"policy = {settings.policy!r} is unknown: choose from {', '.join(policies)}"
+        )
+    if settings.projection not in PROJECTIONS:
+        raise ValueError(
+            f"projection = {settings.projection!r} is unknown: choose from {', '.join(PROJECTIONS)}"
+        )
+    if settings.every < 1:
+        raise ValueError(f"every = {settings.every} must be at least 1")
+    check_positive("l_max", settings.l_max)
+    check_positive("floor", settings.floor)
+    check_fraction("floor", settings.floor)
+    check_fraction("ceiling", settings.ceiling, low=1.0, high=np.inf)
+    check_fraction("ema", settings.ema)
+
+
+def _initial_state(params: Any, found: list[tuple[int, Layer]], settings: _Settings) -> KappaState:
+    leaves, dtype, n = jax.tree.leaves(params), stat_dtype(params), len(found)
+    directions = DIRECTIONS if settings.projection == "clip" else 1
+
+    def filled(fill: float) -> jax.Array:
+        return jnp.full(n, fill, dtype)
+
+    shapes = [jax.ShapeDtypeStruct(leaves[k].shape, leaves[k].dtype) for k, _ in found]
+    return KappaState(
+        count=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        age=jnp.full((), settings.every, jnp.int32),
+        samples=tuple(jnp.zeros_like(jax.eval_shape(_sample, shape)) for shape in shapes),
+        vectors=tuple(_first_vectors(leaves[k], layer, directions) for k, layer in found),
+        info=KappaInfo(
+            kappas=filled(1.0) * jnp.asarray(settings.l_max, dtype) ** (1 / max(n, 1)),
+            bounds=filled(0.0),
+            norms=filled(0.0),
+            pressure=filled(1.0),
+            acted=jnp.zeros(n, bool),
+            cosine=jnp.ones((), dtype),
+        ),
+    )
+
+
+class _Seen(NamedTuple):
+    """The layers behind the raw update, and what they may be. n layers."""
+
+    after: list[jax.Array]  # their matrices
+    bounds: jax.Array  # [n] of their norms
+    norms: jax.Array  # [n]
+    vectors: tuple[jax.Array, ...]
+    certified: jax.Array  # [] bool
+    pressure: jax.Array  # [n]
+    caps: jax.Array  # [n]
+    over: jax.Array  # [n] bool
+
+
+def _observe(
+    state: KappaState,
+    chain: _Chain,
+    old: list[jax.Array],
+    safe: list[jax.Array],
+    growth: list[jax.Array],
+    settings: _Settings,
+) -> _Seen:
+    before = chain.matrices(old)
+    after = [layer.matrix(stored(old[k], safe[k])) for k, layer in chain.found]
+    held = jax.lax.stop_gradient((old, before, after))
+    bounds, norms, vectors, certified = _bounds(state, chain, *held, settings.l_max, settings.every)
+    wish = _wishes([(old[k], growth[k]) for k, _ in chain.found], bounds.dtype)
+    pressure = _average(state.info.pressure, jnp.maximum(wish, 0), settings.ema)
+    gains = chain.gains(bounds.dtype)
+    kappas, over = _share(bounds * gains, pressure, settings)
+    return _Seen(after, bounds, norms, vectors, certified, pressure, kappas / gains, over)
+
+
+_Projected = tuple[list[jax.Array], jax.Array, tuple[jax.Array, ...]]
+"""Updates, bounds and vectors."""
+
+
+def _projected(
+    seen: _Seen,
+    chain: _Chain,
+    old: list[jax.Array],
+    safe: list[jax.Array],
+    settings: _Settings,
+) -> _Projected:
+    soft = settings.projection == "soft"
+
+    def act() -> _Projected:
+        out, new_bounds, blocks = list(safe), [], []
+        for index, (k, layer) in enumerate(chain.found):
+            out[k], bound, block = project(
+                settings.projection,
+                layer,
+                old[k],
+                safe[k],
+                seen.after[index],
+                seen.vectors[index],
+                seen.bounds[index],
+                seen.caps[index],
+                jnp.ones((), bool) if soft else seen.over[index],
+            )
+            new_bounds.append(bound)
+            blocks.append(block)
+        return out, jnp.stack(new_bounds).astype(seen.bounds.dtype), tuple(blocks)
+
+    def leave() -> _Projected:
+        return list(safe), seen.bounds, seen.vectors
+
+    # a loose rail costs what watching it costs
+    projected: _Projected = act() if soft else jax.lax.cond(jnp.any(seen.over), act, leave)
+    return projected
+
+
+def _cosine(a: list[jax.Array], b: list[jax.Array], dtype: Any) -> jax.Array:
+    """Cosine of two updates, each in units of its own norm; 1 where one vanishes."""
+    norms = norm(a, dtype), norm(b, dtype)
+    there = (norms[0] > 0) & (norms[1] > 0)
+
+    def unit(leaves: list[jax.Array], length: jax.Array) -> list[jax.Array]:
+        return [leaf.astype(dtype) / jnp.where(length > 0, length, 1) for leaf in leaves]
+
+    return jnp.where(there, dot(unit(a, norms[0]), unit(b, norms[1]), dtype), 1)
 
 
 def _first_vectors(leaf: Any, layer: Layer, count: int) -> jax.Array:
@@ -273,15 +328,6 @@ def _first_vectors(leaf: Any, layer: Layer, count: int) -> jax.Array:
     columns = int(np.prod(leaf.shape)) // max(rows, 1)
     dtype = jnp.promote_types(leaf.dtype, jnp.float32)
     return jnp.stack([start_vector(min(rows, columns), dtype, seed) for seed in range(count)])
-
-
-def _stored(params: jax.Array, update: jax.Array) -> jax.Array:
-    """What `optax.apply_updates` leaves."""
-    return (params + update).astype(params.dtype)
-
-
-def _frobenius(matrix: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.sum(matrix**2))
 
 
 SAMPLES = 4096
@@ -315,7 +361,7 @@ def _bounds(
     changed = [_differs(leaves[k], s) for (k, _), s in zip(chain.found, state.samples, strict=True)]
     foreign = jnp.any(jnp.stack(changed))
     # one pass, where `coarse_bound` takes four and is seldom the sharper on an update
-    added = [_frobenius(new - old) * inflation(new) for new, old in zip(after, before, strict=True)]
+    added = [frobenius(new - old) * inflation(new) for new, old in zip(after, before, strict=True)]
     grown = state.info.bounds / gains + jnp.stack(added).astype(dtype)
     grown *= 1 + 4 * float(jnp.finfo(dtype).eps)
     binding = jnp.sum(_log(grown * gains)) > jnp.log(jnp.asarray(l_max, dtype)) - SLACK * len(after)
@@ -351,8 +397,17 @@ def _log(x: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(x, TINY))
 
 
-def _wish(params: jax.Array, growth: jax.Array, dtype: Any) -> jax.Array:
-    return jnp.sum(params.astype(dtype) * growth.astype(dtype))
+def _wishes(pairs: list[tuple[jax.Array, jax.Array]], dtype: Any) -> jax.Array:
+    """Inner product of each layer with its growth, [n], all in one unit that cannot overflow."""
+
+    def largest(leaves: list[jax.Array]) -> jax.Array:
+        tops = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in leaves]
+        top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))
+        return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+
+    layers, growths = ([pair[side] for pair in pairs] for side in (0, 1))
+    a, b = largest(layers), largest(growths)
+    return jnp.stack([jnp.sum((x.astype(dtype) / a) * (y.astype(dtype) / b)) for x, y in pairs])
 
 
 def _average(old: jax.Array, wish: jax.Array, ema: ArrayLike) -> jax.Array:
@@ -365,22 +420,20 @@ def _average(old: jax.Array, wish: jax.Array, ema: ArrayLike) -> jax.Array:
 
 
 def _share(
-    gains: jax.Array,
-    pressure: jax.Array,
-    l_max: ArrayLike,
-    floor: ArrayLike,
-    ceiling: ArrayLike,
-    policy: str,
+    gains: jax.Array, pressure: jax.Array, settings: _Settings
 ) -> tuple[jax.Array, jax.Array]:
     """Kappas whose product is l_max, and which layers of gain `gains` are above theirs."""
     n, dtype = gains.shape[0], gains.dtype
-    budget = jnp.log(jnp.asarray(l_max, dtype)) - SLACK * n
+    budget = jnp.log(jnp.asarray(settings.l_max, dtype)) - SLACK * n
     wanted, share = _log(gains), budget / n
-    if policy == "uniform":
+    if settings.policy == "uniform":
         kappas = jnp.full_like(gains, jnp.exp(share))
         return kappas, gains > kappas
-    top = jnp.minimum(wanted, share + jnp.log(jnp.asarray(ceiling, dtype)))
-    bottom = jnp.minimum(top, share + jnp.log(jnp.asarray(floor, dtype)))
+    top, ceiling = wanted, settings.ceiling
+    # an infinity written into the program would stop `debug_infs`
+    if not (is_concrete(ceiling) and bool(np.isinf(np.asarray(ceiling)))):
+        top = jnp.minimum(wanted, share + jnp.log(jnp.asarray(ceiling, dtype)))
+    bottom = jnp.minimum(top, share + jnp.log(jnp.asarray(settings.floor, dtype)))
     fits = jnp.sum(top) <= budget
 
     def spent() -> jax.Array:
@@ -391,7 +444,7 @@ def _share(
             lower=jnp.zeros_like(top),
             upper=top - bottom,
             row_budget=(budget - jnp.sum(bottom))[None],
-            policy=policy,
+            policy=settings.policy,
         )
         return jnp.minimum(bottom + granted.weights, top)
 
@@ -404,114 +457,3 @@ def _share(
 
 PRIOR = 1e-3
 """Pressure, in units of the mean, that a layer always has."""
-
-
-def _project(
-    projection: str,
-    layer: Layer,
-    params: jax.Array,
-    update: jax.Array,
-    raw: jax.Array,
-    vectors: jax.Array,
-    bound: jax.Array,
-    cap: jax.Array,
-    act: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The update that leaves a matrix within its cap as stored; its bound and vectors."""
-    ratio = bound / cap
-    matrix, reached = raw, bound
-    if projection == "clip":
-        matrix, reached, vectors = jax.lax.cond(act, _clipped, _unclipped, raw, bound, cap, vectors)
-    if projection == "soft":
-        # the value is the certified bound's, the derivative that of the norm
-        norm = _smooth_norm(raw, vectors[0])
-        ratio = ratio * norm / jnp.where(norm > 0, jax.lax.stop_gradient(norm), 1)
-        wanted = (1 + ratio**SHARPNESS) ** (-1 / SHARPNESS)
-    else:
-        # less the rounding of the leaf's dtype, as it is on average
-        rounding = float(jnp.finfo(params.dtype).eps) / 4 * _frobenius(raw)
-        wanted = jnp.minimum(cap / jnp.maximum(reached + rounding, TINY), 1)
-    held, old = jax.lax.stop_gradient((matrix, params))
-
-    def stored_bound(factor: jax.Array) -> jax.Array:
-        """Bound of the matrix as stored: rounding is measured, not assumed."""
-        stored = _stored(old, _move(layer, factor, held, old, update.dtype))
-        return factor * reached + coarse_bound(layer.matrix(stored) - factor * held)
-
-    def too_long(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return act & (carry[0] > 0) & (carry[1] > cap)
-
-    def shorten(
-        carry: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        factor, size, tries = carry
-        factor = factor * jnp.where(tries < 4, (1 - 1e-6) * cap / size, 0.5)
-        # the zero matrix fits every cap
-        factor = jnp.where(tries < 30, factor, 0)
-        return factor, stored_bound(factor), tries + 1
-
-    first = jax.lax.stop_gradient(wanted).astype(raw.dtype)
-    start = (first, stored_bound(first), jnp.zeros((), jnp.int32))
-    factor, size, _ = jax.lax.while_loop(too_long, shorten, start)
-    if projection == "soft":
-        factor = factor * wanted / jnp.where(first > 0, first, 1)
-    moved = _move(layer, factor, matrix, params, update.dtype)
-    return jnp.where(act, moved, update), jnp.where(act, size, bound), vectors
-
-
-def _move(
-    layer: Layer, factor: jax.Array, matrix: jax.Array, params: jax.Array, dtype: Any
-) -> jax.Array:
-    """The update that turns `params` into `factor * matrix`, before rounding."""
-    target = layer.leaf(factor * matrix, params)
-    return (target - params.astype(target.dtype)).astype(dtype)
-
-
-_Clip = tuple[jax.Array, jax.Array, jax.Array]  # matrix, its bound, singular vectors
-
-
-def _unclipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.Array) -> _Clip:
-    del cap
-    return matrix, bound, vectors
-
-
-def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.Array) -> _Clip:
-    r"""The matrix with singular values above `cap` cut to it, its bound, the directions cut.
-
-    One direction after the other: $(I - (1 - \kappa/\sigma) v v^\top) A$ sets the value $\sigma$ of
-    the singular vector v to kappa, and increases no singular value whatever v is. What is left
-    above the cap, by more directions or by vectors that have not converged, the scaling takes.
-    """
-    del bound
-    tall = matrix.shape[0] > matrix.shape[1]
-    small = matrix.T if tall else matrix
-    held = jax.lax.stop_gradient(small)
-    # so that the certificate, which is 0.5 % above the norm, finds it within the cap
-    target = cap * (1 - 1e-2 * CERTAINTY) / (1 + CERTAINTY / 2)
-    gram = jnp.matmul(held, held.T, precision=HIGHEST)
-    keep = jnp.eye(gram.shape[0], dtype=gram.dtype)
-
-    def cut(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[Any, jax.Array]:
-        gram, keep = carry
-        vector = gram_power(gram, start, CLIP_POWER_STEPS)
-        image = jnp.matmul(gram, vector, precision=HIGHEST)
-        square = jnp.vdot(vector, image, precision=HIGHEST)
-        value = jnp.sqrt(jnp.maximum(square, TINY))
-        excess = jnp.maximum(1 - target / value, 0)
-        # both sides of the Gram matrix, expanded: no product of matrices
-        outer = jnp.outer(vector, image)
-        gram = gram - excess * (outer + outer.T) + excess**2 * square * jnp.outer(vector, vector)
-        along = jnp.matmul(vector, keep, precision=HIGHEST)
-        return (gram, keep - excess * jnp.outer(vector, along)), vector
-
-    (_, keep), vectors = jax.lax.scan(cut, (gram, keep), vectors)
-    kept = jnp.matmul(keep, small, precision=HIGHEST)
-    reached = spectral_bound(kept, vectors[0]).upper
-    return kept.T if tall else kept, reached, vectors
-
-
-def _smooth_norm(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Spectral norm along a singular vector that counts as constant, as its derivative is."""
-    tall = matrix.shape[0] > matrix.shape[1]
-    image = jnp.matmul(matrix, vector) if tall else jnp.matmul(vector, matrix)
-    return jnp.sqrt(jnp.maximum(jnp.sum(image**2), TINY))

@@ -38,16 +38,21 @@ Rule = Callable[[tuple[Any, ...], Any], Layer | None]
 
 
 def matrix_layers(path: tuple[Any, ...], leaf: Any) -> Layer | None:
-    r"""The default rule: every leaf with two axes or more is a layer, in the order of the tree.
+    r"""The default rule: every matrix is a layer, and convolutions whose layout is known.
 
-    A matrix is [outputs, inputs] or its transpose, which has the same norm. A leaf with more axes
-    is taken as a convolution kernel [outputs, inputs, *window] (Equinox, PyTorch), reshaped to
+    A matrix is [outputs, inputs] or its transpose, which has the same norm. A leaf with four axes
+    or more named `kernel`, as Flax names them, is a convolution [*window, inputs, outputs] (with
+    three it may as well be an attention's projection); one with three or more named `weight`, as
+    Equinox and PyTorch do, is [outputs, inputs, *window]. It is reshaped to
     [outputs, inputs x window] and given the gain $\sqrt{|\mathrm{window}|}$: the operator first
     copies each input into at most |window| patches, so for any stride, dilation and padding with
     zeros or by wrapping, its norm is at most that times the matrix's (Tsuzuku, Sato and Sugiyama,
-    NeurIPS 2018; Singla and Feizi, *Fantastic Four*, ICLR 2021). Kernels [*window, inputs, outputs]
-    (Flax) want `Layer(outputs=(-1,), gain=sqrt(|window|))`, and projections of attention with split
-    heads [features, heads, size] want `Layer(outputs=(1, 2))`: give such a rule as `layers`.
+    NeurIPS 2018; Singla and Feizi, *Fantastic Four*, ICLR 2021).
+
+    Any other leaf with more than two axes is refused: read in the wrong layout its norm would not
+    bound the operator's. Give a rule as `layers`: `convolution(leaf, "HWIO")` or
+    `convolution(leaf, "OIHW")` for a convolution, `Layer(outputs=(1, 2))` for projections of
+    attention with split heads [features, heads, size], None for what is no layer.
 
     Args:
       path: key path of the leaf, as in `jax.tree_util.tree_map_with_path`.
@@ -56,13 +61,60 @@ def matrix_layers(path: tuple[Any, ...], leaf: Any) -> Layer | None:
     Returns:
       A `Layer`, or None for leaves that are none.
 
-    >>> matrix_layers((), jnp.zeros((8, 3, 2, 2)))
+    Raises:
+      ValueError: more than two axes under another name.
+
+    >>> matrix_layers((jax.tree_util.GetAttrKey("weight"),), jnp.zeros((8, 3, 2, 2)))
     Layer(order=0, outputs=(0,), gain=2.0)
+    >>> matrix_layers((jax.tree_util.DictKey("kernel"),), jnp.zeros((2, 2, 3, 8)))
+    Layer(order=0, outputs=(3,), gain=2.0)
     """
-    del path
     if leaf.ndim < 2 or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return None
-    return Layer(gain=float(np.sqrt(np.prod(leaf.shape[2:]))))
+    if leaf.ndim == 2:
+        return Layer()
+    layout, axes = LAYOUTS.get(_name(path), ("", 0))
+    if not layout or leaf.ndim < axes:
+        raise ValueError(
+            f"layers must be given: the leaf params{jax.tree_util.keystr(path)} of shape "
+            f"{leaf.shape} has {leaf.ndim} axes, and nothing says which are outputs. A rule "
+            "(path, leaf) -> Layer says it, as in smallgain_jax.networks.layers.convolution"
+        )
+    return convolution(leaf, layout)
+
+
+LAYOUTS = {"kernel": ("HWIO", 4), "weight": ("OIHW", 3)}
+"""Layouts of convolutions, and from how many axes on they are certain, by the names that Flax, and
+Equinox and PyTorch, give their leaves."""
+
+
+def convolution(leaf: Any, layout: str) -> Layer:
+    r"""The layer of a convolution kernel, any number of window axes included.
+
+    Args:
+      leaf: array or ShapeDtypeStruct with at least three axes.
+      layout: "HWIO" for [*window, inputs, outputs] (Flax, Haiku, TensorFlow), or "OIHW" for
+        [outputs, inputs, *window] (Equinox, PyTorch).
+
+    Raises:
+      ValueError: an unknown layout.
+
+    >>> convolution(jnp.zeros((3, 3, 16, 32)), "HWIO")
+    Layer(order=0, outputs=(3,), gain=3.0)
+    """
+    if layout not in ("HWIO", "OIHW"):
+        raise ValueError(f"layout = {layout!r} is unknown: choose from HWIO, OIHW")
+    last = layout == "HWIO"
+    window = leaf.shape[:-2] if last else leaf.shape[2:]
+    return Layer(outputs=(leaf.ndim - 1 if last else 0,), gain=float(np.sqrt(np.prod(window))))
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The last name on a key path: a dict's key or an attribute."""
+    if not path:
+        return ""
+    key = path[-1]
+    return str(getattr(key, "key", getattr(key, "name", "")))
 
 
 def find_layers(params: Any, layers: Rule | None = None) -> list[tuple[int, Layer]]:
@@ -73,3 +125,25 @@ def find_layers(params: Any, layers: Rule | None = None) -> list[tuple[int, Laye
     return sorted(
         ((k, layer) for k, layer in found if layer is not None), key=lambda pair: pair[1].order
     )
+
+
+def whole(leaf: jax.Array) -> jax.Array:
+    """The leaf on every device, where it is sharded over an explicit mesh; else as it is.
+
+    A norm is one of the whole matrix: products of sharded ones would ask how to shard the result.
+    """
+    sharding = jax.typeof(leaf).sharding
+    if all(axis is None for axis in sharding.spec):
+        return leaf
+    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    gathered: jax.Array = jax.sharding.reshard(leaf, everywhere)
+    return gathered
+
+
+def placed_like(array: jax.Array, like: jax.Array) -> jax.Array:
+    """`array` sharded as `like` is over an explicit mesh."""
+    sharding = jax.typeof(like).sharding
+    if jax.typeof(array).sharding == sharding:
+        return array
+    placed: jax.Array = jax.sharding.reshard(array, sharding)
+    return placed

@@ -30,7 +30,8 @@ class TopK(Penalty):
 
     Args:
       k: number of entries counted in a row, int in 1..d.
-      weight: w, float scalar >= 0, or an optax schedule (see `at_step`).
+      weight: w, float scalar >= 0, or an optax schedule (see `at_step`). 0 switches the penalty
+        off, so that schedules may start there (seed 003 refuses it).
 
     Log-parameters: none.
 
@@ -82,7 +83,9 @@ class TopK(Penalty):
         return larger | (tied & (jnp.cumsum(tied, axis=-1) <= places))
 
     def _value(self, x: jax.Array) -> jax.Array:
-        return self._weight(x) / 2 * jnp.sum(jnp.where(self._mask(x), x, 0) ** 2)
+        counted = jnp.where(self._mask(x), x, 0)
+        # weighted before it is squared, which may overflow where the penalty does not
+        return jnp.sum(self._weight(x) / 2 * counted * counted)
 
     def hessian_diagonal(self, x: ArrayLike) -> jax.Array:
         """w on the entries that are counted, 0 on the others, shaped like x."""
@@ -108,7 +111,8 @@ class JumpReLU(Penalty):
     Args:
       thresholds: theta, float [d], > 0, in the unit of x; $\tau_j = \theta_j e^{\rho_j}$.
       eps: width of the smoothed step, float scalar > 0, in the unit of x.
-      weight: w, float scalar >= 0, or an optax schedule (see `at_step`).
+      weight: w, float scalar >= 0, or an optax schedule (see `at_step`). 0 switches the penalty
+        off, so that schedules may start there (seed 003 refuses it).
 
     Log-parameters: rho, one per threshold, [d].
 
@@ -169,7 +173,7 @@ class JumpReLU(Penalty):
 
     def _value(self, x: jax.Array) -> jax.Array:
         tau, _, u = self._gate(x)
-        return self._weight(x) * jnp.sum(tau * logistic(u))
+        return jnp.sum(self._weight(x) * tau * logistic(u))
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
         tau, eps, u = self._gate(x)

@@ -19,6 +19,20 @@ _Triple = tuple[jax.Array, jax.Array, jax.Array]
 
 
 @jax.custom_jvp
+def reciprocal(r: jax.Array) -> jax.Array:
+    """1 / r, whose derivatives are products: those of a division square r, which underflows."""
+    return 1 / r
+
+
+@reciprocal.defjvp
+def _reciprocal_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    inverse = reciprocal(primals[0])
+    return inverse, -(inverse * tangents[0]) * inverse
+
+
+@jax.custom_jvp
 def polar(x: jax.Array, eps: jax.Array) -> _Triple:
     r"""$r = \sqrt{x^2 + \epsilon^2}$, $x/r$ and $\epsilon/r$ without squaring either argument.
 
@@ -35,7 +49,7 @@ def polar(x: jax.Array, eps: jax.Array) -> _Triple:
 def _polar_jvp(primals: _Pair, tangents: _Pair) -> tuple[_Triple, _Triple]:
     dx, deps = tangents
     r, cos, sin = polar(*primals)
-    turn = (sin * dx - cos * deps) / r
+    turn = (sin * dx - cos * deps) * reciprocal(r)
     return (r, cos, sin), (cos * dx + sin * deps, sin * turn, -cos * turn)
 
 
@@ -52,7 +66,8 @@ def _log_one_plus_square_jvp(primals: _Pair, tangents: _Pair) -> _Pair:
     x, delta = primals
     dx, ddelta = tangents
     r, cos, _ = polar(x, delta)
-    return log_one_plus_square(x, delta), 2 * cos * (dx / r - cos * ddelta / delta)
+    along = dx * reciprocal(r) - cos * ddelta * reciprocal(delta)
+    return log_one_plus_square(x, delta), 2 * cos * along
 
 
 class SmoothedL1(StrengthPenalty):
@@ -113,7 +128,8 @@ class SmoothedL1(StrengthPenalty):
         return polar(x, _scale(self.eps, self.log_parameters, self.learn_eps, x))
 
     def _value(self, x: jax.Array) -> jax.Array:
-        return self._strength(x) * jnp.sum(self._polar(x)[0])
+        # weighted before they are summed: the sum may overflow where the penalty does not
+        return jnp.sum(self._strength(x) * self._polar(x)[0])
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
         return self._strength(x) / self._polar(x)[0]
@@ -123,7 +139,8 @@ class LogSparsity(StrengthPenalty):
     r"""Logarithmic sparsity, $p(x) = \lambda \sum_i \log(1 + x_i^2/\delta^2)$.
 
     Not convex: its Hessian $2\lambda(\delta^2 - x^2)/(\delta^2 + x^2)^2$ is negative beyond
-    $|x| = \delta$. The majorizer is the reweighted square $2\lambda/(\delta^2 + x^2)$. p is concave
+    $|x| = \delta$; both are cut at the largest number of the dtype, which a tiny delta exceeds. The
+    majorizer is the reweighted square $2\lambda/(\delta^2 + x^2)$. p is concave
     in $x^2$, so this is a bound of p for every y (the inequality of `SmoothedL1`), and a step
     $x - \omega D^{-1} \nabla p$ descends for $0 < \omega \le 2$, alone or added to any other bound
     of this kind.
@@ -174,7 +191,21 @@ class LogSparsity(StrengthPenalty):
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
         r, _, _ = polar(x, self._delta(x))
-        return 2 * self._strength(x) / r / r
+        return jnp.minimum(2 * self._strength(x) / r / r, jnp.finfo(x.dtype).max)
+
+    def hessian_diagonal(self, x: ArrayLike) -> jax.Array:
+        """Diagonal of the Hessian, shaped like x; cut at the largest number of the dtype."""
+        return self._hessian(self._prepare(x))
+
+    def _hessian(self, x: jax.Array) -> jax.Array:
+        # factored: the two terms that autodiff subtracts may both overflow
+        r, cos, sin = polar(x, self._delta(x))
+        top = jnp.finfo(x.dtype).max
+        bend = 2 * self._strength(x) * (sin - cos) * (sin + cos)
+        return jnp.clip(bend / r / r, -top, top)
+
+    def _product(self, x: jax.Array, v: jax.Array) -> jax.Array:
+        return self._hessian(x) * v
 
 
 def _start(scale: jax.Array, learnable: bool) -> jax.Array:

@@ -8,7 +8,9 @@ $$ R_r(s) = \frac{1}{s_r} \sum_q |H_{rq}|\, s_q, \qquad
 
 With $s = 1$ the rows are Gershgorin's (1931); the scaled version is Varga's (*Gershgorin and His
 Circles*, 2004, section 1.2). Under $s \leftarrow |H| s$ the bound $\max_r R_r(s)$ never rises
-and tends to the Perron root $\rho(|H|)$ (Collatz 1942, Wielandt 1950).
+and, where $|H|$ is primitive, tends to the Perron root $\rho(|H|)$ (Collatz 1942, Wielandt 1950).
+Where it is not (a star, any bipartite coupling without a diagonal) iterates may take turns for
+ever; so the code iterates with $|H| + \sigma I$, which has the same vector and is primitive.
 
 This module knows no energy: it works on Hessian blocks, or on any scalar function.
 """
@@ -108,6 +110,10 @@ def _pair_costs(blocks: jax.Array, scaling: jax.Array, i: jax.Array, j: jax.Arra
     return jnp.einsum("ercqd,eqd->erc", blocks, ends) / ends
 
 
+SHIFT = 0.1
+"""sigma in units of the present bound."""
+
+
 def block_curvature(
     local_rows: jax.Array,
     blocks: jax.Array,
@@ -120,9 +126,10 @@ def block_curvature(
 ) -> Curvature:
     r"""Row bounds of $H = \operatorname{diag}(B) + \sum_k w_k H_k$ from the blocks of its terms.
 
-    Each scaling iteration is $s \leftarrow |H| s$; the bound of every iterate holds, and of those
-    tried the tightest is returned. (In exact arithmetic that is the last; entries of $s$ are kept
-    above 1e-9 of the largest, so that nearly disconnected parts do not underflow.)
+    Each scaling iteration is $s \leftarrow (|H| + \sigma I) s$ with a tenth of the present bound
+    for $\sigma$; the bound of every iterate holds, and of those tried the tightest is returned.
+    (In exact arithmetic that is the last; entries of $s$ are kept above 1e-9 of the largest, so
+    that nearly disconnected parts do not underflow.)
 
     Args:
       local_rows: B [n] or [n, d], non-negative.
@@ -145,7 +152,7 @@ def block_curvature(
 
     def iterate(carry: Any, _: None) -> tuple[Any, None]:
         s, row_sums, best_s, best = carry
-        s = s * row_sums
+        s = s * (row_sums + SHIFT * jnp.max(row_sums, initial=0.0))
         top = jnp.max(s, initial=0.0)
         s = jnp.where(top > 0, jnp.maximum(s / jnp.where(top > 0, top, 1), 1e-9), 1)
         row_sums = rows(s)[1]

@@ -1,0 +1,340 @@
+r"""The skeleton of every reweighting optimizer on graphs: look, decide, propose, search, keep.
+
+A rule moves the weights; the base optimizer proposes a step under them, which is accepted on the
+declared objective. In the mode "reference" the weights stay within the rule's budgets on their way
+back to 1, because those form a convex set and the way is a segment of it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from smallgain_jax._checks import (
+    PARAMS_NEEDED,
+    cast_like,
+    check_fraction,
+    check_optimizer,
+    check_positive,
+    float_dtype,
+)
+from smallgain_jax._tree import select
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
+from smallgain_jax.graphs.weights import Move, Rule, scaled, unspent
+from smallgain_jax.limits.closed_forms import measured_limit
+from smallgain_jax.search.armijo import Search, Trial, armijo
+
+OBJECTIVES = ("reference", "adapted")
+GUARDS = ("measured", "majorized", None)
+AGREEMENT = 0.99
+"""Smallest cosine, in D's metric, between the reweighted gradient and the reference one."""
+
+
+class SmallGainInfo(NamedTuple):
+    """What a reader of one update wants to know; `telemetry` turns it into columns.
+
+    K terms, x of shape [n] (or [n, d]); energies in the objective's unit, curvatures in energy per
+    squared unit of x.
+    """
+
+    energy_reference: jax.Array  # [] F(x; 1) at the parameters before this update
+    energy_adapted: jax.Array  # [] F(x; w) there, w the weights now in force
+    lipschitz: jax.Array  # [] max_r R_r(1)
+    limit: jax.Array  # [] curvature limit of the base optimizer; inf where there is none
+    margin_rows: jax.Array  # [n] T_r - R_r(w), w before the rule
+    margin_global: jax.Array  # [] the smallest of them
+    spent_rows: jax.Array  # [n] what the weights in force add to each row at the lower weights
+    spent_global: jax.Array  # [] the same by each term's dearest row
+    cost: jax.Array  # [K] dearest row of each term at unit weight
+    hinge_activity: jax.Array  # [K]
+    guard: jax.Array  # [] factor on the base optimizer's update
+    cosine: jax.Array  # [] between the step and the reference descent direction
+    accepted: jax.Array  # [] bool; False for an update skipped as not finite
+    skipped: jax.Array  # [] int32, how many so far
+    last_step_backtracks: jax.Array  # [] int32
+    total_backtracks: jax.Array  # [] int32
+
+
+class SmallGainState(NamedTuple):
+    """State of `small_gain`, `gradnorm` and `auto_cap`. K terms."""
+
+    count: jax.Array  # type: ignore[assignment]  # [] int32
+    weights: jax.Array  # [K] current weights; 1 is the reference objective
+    previous_weights: jax.Array  # [K] those before the last accepted step
+    scores: jax.Array  # [K] moving averages of value over cost
+    last_value: jax.Array  # [] declared objective after the last accepted step; at first huge
+    base_state: Any
+    info: SmallGainInfo
+
+
+def reweighted(
+    base_optimizer: optax.GradientTransformation,
+    graph: EnergyGraph,
+    rule: Rule,
+    settings: Settings,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap a base optimizer by a rule for the weights of `graph`'s terms."""
+    _check(base_optimizer, graph, settings)
+    base = optax.with_extra_args_support(base_optimizer)
+    if settings.limit is None:
+        settings = settings._replace(limit=measured_limit(base_optimizer))
+    own = graph
+
+    def init(params: jax.Array) -> SmallGainState:
+        return _initial_state(own, base, params)
+
+    def update(
+        updates: jax.Array,
+        state: SmallGainState,
+        params: jax.Array | None = None,
+        *,
+        bounds: tuple[Any, Any] | None = None,
+        graph: EnergyGraph | None = None,
+        **extra_args: Any,
+    ) -> tuple[jax.Array, SmallGainState]:
+        if params is None:
+            raise ValueError(PARAMS_NEEDED)
+        used = own if graph is None or not _alike(graph, own) else graph
+        here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
+        decided = _decide(here, rule, state)
+
+        def proposed(w: jax.Array) -> Proposal:
+            given = (state.base_state, params, extra_args)
+            return propose(here, settings, base, w, updates.dtype, *given)
+
+        chosen, lost = proposed(decided.weights), jnp.zeros((), bool)
+        if here.reference:
+            # spending must pay: the reweighted step has to beat the one the user's weights give
+            plain = proposed(jnp.ones_like(decided.weights))
+            lost = ~(chosen.reached <= plain.reached)
+            chosen = select(lost, plain, chosen)
+
+        search = _search(here, decided.weights, chosen, settings)
+        accepted = search.accepted & (chosen.cosine >= settings.min_cosine) & here.finite
+        step = jnp.where(accepted, search.step * chosen.move, 0)
+        new_state = _kept(here, settings, decided, chosen, search, accepted, lost, state)
+        return step.astype(updates.dtype), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(base_optimizer: Any, graph: Any, settings: Settings) -> None:
+    check_optimizer("base_optimizer", base_optimizer)
+    if not isinstance(graph, EnergyGraph):
+        raise TypeError(f"terms must be an EnergyGraph, got {type(graph).__name__}")
+    if settings.objective not in OBJECTIVES:
+        raise ValueError(
+            f"objective = {settings.objective!r} is unknown: choose from {', '.join(OBJECTIVES)}"
+        )
+    if settings.guard not in GUARDS:
+        raise ValueError(
+            f"guard = {settings.guard!r} is unknown on graphs: "
+            "choose from measured, majorized, None"
+        )
+    check_fraction("target", settings.target)
+    if settings.limit is not None and not callable(settings.limit):
+        check_positive("limit", settings.limit)
+
+
+def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
+    """Whether they differ in numbers alone."""
+    ours: Any = jax.tree.structure(a)
+    same = ours == jax.tree.structure(b)
+    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
+    return bool(same) and shapes(a) == shapes(b)
+
+
+def _initial_state(
+    graph: EnergyGraph, base: optax.GradientTransformation, params: jax.Array
+) -> SmallGainState:
+    dtype = float_dtype(params)
+
+    # every field its own buffer: a donated state may not alias itself
+    def terms(fill: float) -> jax.Array:
+        return jnp.full(graph.num_edges, fill, dtype)
+
+    def rows() -> jax.Array:
+        return jnp.zeros(params.shape, dtype)
+
+    def scalar(fill: float = 0.0) -> jax.Array:
+        return jnp.full((), fill, dtype)
+
+    def counter() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    info = SmallGainInfo(
+        energy_reference=scalar(),
+        energy_adapted=scalar(),
+        lipschitz=scalar(),
+        limit=scalar(),
+        margin_rows=rows(),
+        margin_global=scalar(),
+        spent_rows=rows(),
+        spent_global=scalar(),
+        cost=terms(0.0),
+        hinge_activity=terms(0.0),
+        guard=scalar(),
+        cosine=scalar(),
+        accepted=jnp.ones((), bool),
+        skipped=counter(),
+        last_step_backtracks=counter(),
+        total_backtracks=counter(),
+    )
+    return SmallGainState(
+        count=counter(),
+        weights=terms(1.0),
+        previous_weights=terms(1.0),
+        scores=terms(0.0),
+        last_value=scalar(float(jnp.finfo(dtype).max)),
+        base_state=base.init(params),
+        info=info,
+    )
+
+
+def _roll_back(here: Place, state: SmallGainState) -> tuple[jax.Array, jax.Array]:
+    """Weights and scores to start from: the last move is undone if it let the objective rise."""
+    declared = here.declared_energy(state.weights)
+    resolution = 4 * jnp.finfo(declared.dtype).eps * jnp.abs(declared)
+    rose = declared > state.last_value + resolution
+    moved = state.weights != state.previous_weights
+    weights = jnp.where(rose, state.previous_weights, state.weights)
+    return weights, jnp.where(rose & moved, state.scores / 2, state.scores)
+
+
+class _Decision(NamedTuple):
+    """The rule's move, and what of it is in force for the step."""
+
+    held: jax.Array  # [K] weights before
+    move: Move
+    anchor: jax.Array  # [K] where weights shrink to
+    weights: jax.Array  # [K]
+
+
+def _decide(here: Place, rule: Rule, state: SmallGainState) -> _Decision:
+    held, scores = _roll_back(here, state)
+    # a decision, not a function to differentiate: sorting and shrinking have no useful slope
+    move = jax.lax.stop_gradient(rule(here.graph, here.snapshot, held, scores))
+    move = select(here.finite, move, unspent(here.graph, here.snapshot, held, scores))
+    if not here.reference:
+        return _Decision(held, move, held, move.weights)
+    anchor = _anchor(here, move)
+    return _Decision(held, move, anchor, _shrink_to_angle(here, anchor, move.weights))
+
+
+def _kept(
+    here: Place,
+    settings: Settings,
+    decided: _Decision,
+    chosen: Proposal,
+    search: Search,
+    accepted: jax.Array,
+    lost: jax.Array,
+    state: SmallGainState,
+) -> SmallGainState:
+    """The state after the step; where something was not finite, as it was but for two marks."""
+    weights = decided.weights
+    if here.reference:
+        # weights that failed to pay go halfway back to the reference
+        halfway = decided.anchor + (weights - decided.anchor) / 2
+        weights = jnp.where(accepted & ~lost, weights, halfway)
+    now = here.declared_energy(decided.weights)
+    moved = SmallGainState(
+        count=optax.safe_increment(state.count),
+        weights=weights,
+        previous_weights=decided.held,
+        scores=decided.move.scores,
+        last_value=jnp.where(accepted, search.trial.value, now),
+        base_state=chosen.base_state,
+        info=_report(here, settings, decided, weights, chosen, search, accepted, state.info),
+    )
+    marks = state.info._replace(
+        accepted=jnp.zeros((), bool), skipped=optax.safe_increment(state.info.skipped)
+    )
+    return select(here.finite, cast_like(moved, state), state._replace(info=marks))
+
+
+def _anchor(here: Place, decided: Move) -> jax.Array:
+    """The weights nearest to 1, on the way up to it, that keep the budgets.
+
+    They start from the lower weights, or 1 where those are above it, and climb together.
+    """
+    low = jnp.minimum(decided.lower, 1)
+    at_low = here.rows(low)
+    climb, free = here.snapshot.curvature.row_sums - at_low, decided.most_rows - at_low
+    short = climb > jnp.maximum(free, 0)
+    part = jnp.where(short, jnp.maximum(free, 0) / jnp.where(short, climb, 1), 1)
+    fraction = jnp.min(part, initial=1.0)
+    everything = jnp.vdot(here.dearest, 1 - low)
+    short = everything > decided.most_global
+    limited = jnp.where(short, decided.most_global, 1) / jnp.where(short, everything, 1)
+    return low + jnp.minimum(fraction, limited) * (1 - low)
+
+
+def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.Array:
+    """The first of w, a + (w - a)/2, a + (w - a)/4, ..., a whose gradient agrees with that at 1.
+
+    a is the anchor. The angle is taken in D's metric, in which the row gains will step. Where not
+    even a agrees, the plain step that it is compared with will be taken.
+    """
+    rows = here.snapshot.curvature.row_sums
+    root = jnp.sqrt(jnp.where(rows > 0, rows, 1))
+
+    def of(change: jax.Array) -> jax.Array:
+        return here.graph.scatter(scaled(change, here.snapshot.term_gradients)) / root
+
+    plain = here.snapshot.gradient / root
+    start, change = plain + of(anchor - 1), of(weights - anchor)
+    fractions = jnp.append(0.5 ** jnp.arange(8, dtype=weights.dtype), 0)
+    # |s + f c| and <s + f c, p> are polynomials in f: a few inner products serve all fractions
+    pp, sp, cp = (jnp.vdot(plain, other) for other in (plain, start, change))
+    ss, sc, cc = jnp.vdot(start, start), jnp.vdot(start, change), jnp.vdot(change, change)
+    norms = jnp.sqrt(jnp.maximum(pp * (ss + 2 * fractions * sc + fractions**2 * cc), 0))
+    agrees = (sp + fractions * cp >= AGREEMENT * norms).at[-1].set(True)
+    return anchor + fractions[jnp.argmax(agrees)] * (weights - anchor)
+
+
+def _search(here: Place, weights: jax.Array, chosen: Proposal, settings: Settings) -> Search:
+    """Armijo's search along the proposal, on the declared objective."""
+
+    def trial(step: jax.Array) -> Trial:
+        candidate = here.snapshot.x + step * chosen.move
+        return Trial(here.energy(weights, candidate), step * chosen.slope, None)
+
+    now = here.declared_energy(weights)
+    return armijo(trial, now, max_backtracks=settings.max_backtracks)
+
+
+def _report(
+    here: Place,
+    settings: Settings,
+    decided: _Decision,
+    kept: jax.Array,
+    chosen: Proposal,
+    search: Search,
+    accepted: jax.Array,
+    before: SmallGainInfo,
+) -> SmallGainInfo:
+    """What happened, in terms of the weights that are now in force."""
+    margin = here.snapshot.target - here.rows(decided.held)
+    raised = jnp.maximum(kept - decided.move.lower, 0)
+    return SmallGainInfo(
+        energy_reference=here.value,
+        energy_adapted=here.adapted_energy(kept),
+        lipschitz=here.snapshot.curvature.lipschitz,
+        limit=here.snapshot.limit,
+        margin_rows=margin,
+        margin_global=jnp.min(margin, initial=jnp.finfo(margin.dtype).max),
+        spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
+        spent_global=jnp.vdot(here.dearest, raised),
+        cost=here.dearest,
+        hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),
+        guard=chosen.guard,
+        cosine=chosen.cosine,
+        accepted=accepted,
+        skipped=before.skipped,
+        last_step_backtracks=search.backtracks,
+        total_backtracks=before.total_backtracks + search.backtracks,
+    )
