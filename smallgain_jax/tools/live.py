@@ -24,7 +24,8 @@ from smallgain_jax.graphs.descent import majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import RelaxInfo, RelaxResult, relax
 from smallgain_jax.search.box import Box
-from smallgain_jax.tools.io import PathLike, optional_module, write_table
+from smallgain_jax.tools.io import write_table
+from smallgain_jax.tools.tables import PathLike, optional_module
 from smallgain_jax.tools.telemetry import Table, table
 
 CHUNKS = 20

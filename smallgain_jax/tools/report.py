@@ -16,10 +16,11 @@ import optax
 from smallgain_jax.graphs.relaxation import relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit
 from smallgain_jax.tools import plots, telemetry
-from smallgain_jax.tools.io import PathLike, write_atomic
+from smallgain_jax.tools.io import write_atomic
 from smallgain_jax.tools.scenarios import Scenario
 from smallgain_jax.tools.suites import true_minimum
 from smallgain_jax.tools.sweep import SweepResult
+from smallgain_jax.tools.tables import PathLike
 from smallgain_jax.tools.telemetry import Table
 from smallgain_jax.tools.validation import BASELINES, OURS, PlanResult, claims, start_bound
 from smallgain_jax.transform import small_gain

@@ -33,7 +33,8 @@ import optax
 from smallgain_jax.graphs.descent import DescentInfo, MajorizedDescentState
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import RelaxResult
-from smallgain_jax.tools.io import PathLike, write_table
+from smallgain_jax.tools.io import write_table
+from smallgain_jax.tools.tables import PathLike
 from smallgain_jax.transform import SmallGainInfo, SmallGainState
 
 SHOWN_ROWS = 20
