@@ -667,6 +667,212 @@ class TestMatrixMarket:
         assert caught.value.line == 4
 
 
+GRAPHML = """<?xml version="1.0" encoding="UTF-8"?>
+<graphml xmlns="http://graphml.graphdrawing.org/xmlns">
+  {keys}
+  <graph id="G" edgedefault="undirected">
+    {body}
+  </graph>
+</graphml>
+"""
+
+
+def graphml(path, keys, body):
+    return csv_file(path, GRAPHML.format(keys=keys, body=body))
+
+
+def key(name, of, kind="double", default=None):
+    inner = "" if default is None else f"<default>{default}</default>"
+    return f'<key id="{of}_{name}" for="{of}" attr.name="{name}" attr.type="{kind}">{inner}</key>'
+
+
+NODES = '<node id="n0"/><node id="n1"/><node id="n2"/>'
+
+
+class TestGraphmlOfOthers:
+    @pytest.mark.parametrize("of", ["edge", "all"])
+    def test_defaults_of_edges(self, tmp_path, of):
+        data = f'<data key="{of}_weight">0.5</data>'
+        edges = f'<edge source="n0" target="n1"/><edge source="n1" target="n2">{data}</edge>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", key("weight", of, default=5), NODES + edges)
+        )
+        assert_edges(read, [("n0", "n1", 5.0), ("n1", "n2", 0.5)])
+
+    def test_defaults_of_nodes(self, tmp_path):
+        keys = key("a", "node", default=2) + key("Start", "node", default="0.25")
+        nodes = '<node id="n0"/><node id="n1"><data key="node_a">3</data></node>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.graph.local[0].a.tolist() == [2.0, 3.0]
+        assert read.x0.tolist() == [0.25, 0.25]
+
+    def test_names_of_igraph(self, tmp_path):
+        # as igraph's write_graphml lays it out
+        keys = key("name", "node", "string") + key("Weight", "edge")
+        nodes = "".join(
+            f'<node id="n{k}"><data key="node_name">{name}</data></node>'
+            for k, name in enumerate(("Ann", "Bob"))
+        )
+        edge = '<edge source="n1" target="n0"><data key="edge_Weight">2</data></edge>'
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edge))
+        # an undirected edge keeps the direction in which it is written
+        assert_edges(read, [("Bob", "Ann", 2.0)])
+        assert read.labels == ("Ann", "Bob")
+        assert read.notes == ("g.graphml: nodes are called by their attribute 'name'",)
+
+    def test_names_that_are_not_unique_stay_attributes(self, tmp_path):
+        keys = key("name", "node", "string")
+        nodes = "".join(f'<node id="n{k}"><data key="node_name">x</data></node>' for k in range(2))
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.labels == ("n0", "n1")
+        assert read.notes == ("g.graphml: ignored column 'name'",)
+
+    def test_vector_types_of_graph_tool(self, tmp_path):
+        keys = key("pos", "node", "vector_double") + key("weight", "edge", "short")
+        nodes = '<node id="n0"><data key="node_pos">0.1, 0.2</data></node><node id="n1"/>'
+        edge = '<edge id="e0" source="n0" target="n1"><data key="edge_weight">3</data></edge>'
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edge))
+        assert_edges(read, [("n0", "n1", 3.0)])
+        assert read.notes == ("g.graphml: ignored column 'pos'",)
+
+    def test_a_vector_where_a_number_belongs_is_named(self, tmp_path):
+        keys = key("a", "node", "vector_double")
+        nodes = '<node id="n0"><data key="node_a">0.1, 0.2</data></node><node id="n1"/>'
+        path = graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        with pytest.raises(FileFormatError, match=r"node 'n0', column 'a': '0.1, 0.2' is not"):
+            read_graph(path)
+
+    def test_nested_graphs_are_part_of_the_whole(self, tmp_path):
+        inner = '<node id="n1::0"/><node id="n1::1"/><edge source="n1::0" target="n1::1"/>'
+        body = (
+            f'<node id="n0"/><node id="n1"><graph edgedefault="undirected">{inner}</graph></node>'
+            '<edge source="n0" target="n1::0"/>'
+        )
+        read = read_graph(graphml(tmp_path / "g.graphml", "", body))
+        assert_edges(read, [("n1::0", "n1::1", 1.0), ("n0", "n1::0", 1.0)])
+        assert read.notes == (
+            "g.graphml: 1 nested graph is read as part of the whole",
+            "1 node has no edge: 'n1'",
+        )
+
+    def test_parallel_edges(self, tmp_path):
+        edges = '<edge source="n0" target="n1"/><edge source="n1" target="n0"/>'
+        read = read_graph(graphml(tmp_path / "g.graphml", "", NODES + edges))
+        assert_edges(read, [("n0", "n1", 1.0), ("n1", "n0", 1.0)])
+
+    def test_missing_values(self, tmp_path):
+        keys = key("weight", "edge") + key("a", "node")
+        nodes = "".join(
+            f'<node id="n{k}"><data key="node_a">{a}</data></node>'
+            for k, a in enumerate(("NaN", "", "2"))
+        )
+        edges = (
+            '<edge source="n0" target="n1"><data key="edge_weight">nan</data></edge>'
+            '<edge source="n1" target="n2"><data key="edge_weight">3</data></edge>'
+        )
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edges))
+        assert_edges(read, [("n0", "n1", 1.0), ("n1", "n2", 3.0)])
+        assert read.graph.local[0].a.tolist() == [0.0, 0.0, 2.0]
+
+    def test_a_colour_is_no_energy(self, tmp_path):
+        keys = "".join(key(name, "node", "int") for name in "rgb")
+        colour = "".join(f'<data key="node_{name}">153</data>' for name in "rgb")
+        nodes = f'<node id="n0">{colour}</node><node id="n1">{colour}</node>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.graph.local == ()
+        assert read.notes == ("g.graphml: r, g and b of the nodes are a colour, not energies",)
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ('<node id="n0"/><edge source="n0" target="n9"/>', "ends at node 'n9', never declared"),
+            ('<node id="n0"/><node id="n0"/>', "node 'n0' is declared twice"),
+            ("<hyperedge/>", "a hyperedge joins more than two nodes"),
+            ('<node id="n0"><data key="k">1</data></node>', "<data key='k'> has no <key>"),
+            ("</graph><graph>", "holds 2 graphs"),
+        ],
+    )
+    def test_what_is_not_read_is_named(self, tmp_path, body, message):
+        with pytest.raises(FileFormatError, match=message):
+            read_graph(graphml(tmp_path / "g.graphml", "", body))
+
+    def test_nodes_of_a_table(self, tmp_path):
+        path = graphml(tmp_path / "g.graphml", "", NODES + '<edge source="n2" target="n0"/>')
+        nodes = csv_file(tmp_path / "n.csv", "node,start\nn2,1\nn1,2\nn0,3\n")
+        read = read_graph(path, nodes)
+        assert_edges(read, [("n2", "n0", 1.0)])
+        assert read.labels == ("n2", "n1", "n0")
+
+
+class TestMatrices:
+    def test_a_diagonal_is_dropped_with_a_note(self, tmp_path):
+        matrix = scipy.sparse.coo_array([[4.0, 0.5, 0.0], [0.5, 3.0, 2.0], [0.0, 2.0, 1.0]])
+        scipy.io.mmwrite(tmp_path / "m.mtx", matrix, symmetry="symmetric")
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix.tocsr())
+        for name, labels in (("m.mtx", "123"), ("m.npz", "012")):
+            read = read_graph(tmp_path / name)
+            a, b, c = labels
+            assert_edges(read, [(a, b, 0.5), (b, c, 2.0)])
+            assert read.notes == (
+                f"{name}: ignored 3 entries on the diagonal: they join no two nodes",
+            )
+
+    @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
+    def test_save_npz(self, tmp_path, kind):
+        dense = np.diag([1.0, 2.0, 3.0], 1)
+        matrix = scipy.sparse.coo_array(dense + dense.T).asformat(kind)
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix)
+        read = read_graph(tmp_path / "m.npz")
+        assert_edges(read, [("0", "1", 1.0), ("1", "2", 2.0), ("2", "3", 3.0)])
+
+    def test_pattern_symmetric_and_integer(self, tmp_path):
+        pattern = "%%MatrixMarket matrix coordinate pattern symmetric\n% made\n3 3 2\n2 1\n3 2\n"
+        read = read_graph(csv_file(tmp_path / "p.mtx", pattern))
+        assert_edges(read, [("1", "2", 1.0), ("2", "3", 1.0)])
+        integer = "%%MatrixMarket matrix coordinate integer general\n2 2 1\n2 1 7\n"
+        assert_edges(read_graph(csv_file(tmp_path / "i.mtx", integer)), [("2", "1", 7.0)])
+
+    def test_isolated_rows_are_reported(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n4 4 1\n2 1 7\n"
+        read = read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert read.graph.num_nodes == 4
+        assert read.notes == ("2 nodes have no edge: '3', '4'",)
+
+    def test_how_an_asymmetric_matrix_counts_is_told(self, tmp_path):
+        scipy.io.mmwrite(tmp_path / "m.mtx", scipy.sparse.coo_array([[0.0, 3.0], [1.0, 0.0]]))
+        read = read_graph(tmp_path / "m.mtx")
+        assert_edges(read, [("1", "2", 3.0), ("2", "1", 1.0)])
+        (note,) = read.notes
+        assert "[1, 2] = 3 and [2, 1] = 1 are two edges, which weigh 4 together" in note
+        for how, weight in (("mean", 2.0), ("sum", 4.0), ("max", 3.0)):
+            read = read_graph(tmp_path / "m.mtx", symmetrize=how)
+            assert_edges(read, [("1", "2", weight)])
+            assert read.notes == ()
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_node_tables_may_count_from_zero_or_one(self, tmp_path, first):
+        text = "%%MatrixMarket matrix coordinate real general\n3 3 2\n2 1 7\n3 2 5\n"
+        nodes = f"node,start\n{first + 1},0.5\n{first},0.25\n{first + 2},0.75\n"
+        path = csv_file(tmp_path / "m.mtx", text)
+        read = read_graph(path, csv_file(tmp_path / "n.csv", nodes))
+        start = dict(zip(read.labels, read.x0.tolist(), strict=True))
+        assert [start[str(k + first)] for k in range(3)] == [0.25, 0.5, 0.75]
+        ends = [(read.labels[i], read.labels[j]) for i, j in zip(read.graph.i, read.graph.j)]
+        assert ends == [(str(1 + first), str(first)), (str(2 + first), str(1 + first))]
+
+    def test_missing_entries_are_refused(self, tmp_path):
+        matrix = scipy.sparse.coo_array([[0.0, np.nan], [0.0, 0.0]])
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix)
+        with pytest.raises(FileFormatError, match=r"matrix\[0, 1\] = nan must be finite"):
+            read_graph(tmp_path / "m.npz")
+
+
 class TestWriting:
     def test_whole_files_replace_what_was_there(self, tmp_path):
         path = csv_file(tmp_path / "a.txt", "old")

@@ -174,7 +174,8 @@ def from_networkx(
     Args:
       graph: any NetworkX graph, directed, undirected or multi. An edge's attribute `family` (a key
         of `FAMILIES`) overrides `family`; attributes named like a parameter of its family are used,
-        others are ignored.
+        others are ignored. An edge without an attribute has that of
+        `graph.graph["edge_default"]`, where `networkx.read_graphml` keeps a file's defaults.
       local: local energies as for `EnergyGraph`, n nodes.
       weight: the attribute that holds w (1 where an edge has none), or None for all ones.
       family: of the edges that do not say.
@@ -189,12 +190,14 @@ def from_networkx(
     """
     number = {node: k for k, node in enumerate(graph.nodes)}
     edges = list(graph.edges(data=True))
+    defaults = graph.graph.get("edge_default", {})
 
     def fail(k: int, field: str | None, problem: str) -> Exception:
         return ValueError(f"graph.edges[{edges[k][0]!r}, {edges[k][1]!r}]{_key(field)} {problem}")
 
     def record(k: int) -> dict[str, Any]:
-        u, v, attributes = edges[k]
+        u, v, own = edges[k]
+        attributes = {**defaults, **own}
         maker = _maker(attributes.get("family"), family, lambda *problem: fail(k, *problem))
         wanted = {name: attributes.get(name) for name in family_parameters(maker)}
         scale = None if weight is None else attributes.get(weight)

@@ -44,7 +44,8 @@ def read_graphml(path: Path) -> tuple[Sheet, Sheet]:
         raise FileFormatError(path, None, None, "a hyperedge joins more than two nodes: split it")
     notes = []
     if nested := sum(_tag(element) == "graph" for element in inside) - 1:
-        notes.append(f"{path.name}: {nested} nested graphs are read as part of the whole")
+        what = "1 nested graph is" if nested == 1 else f"{nested} nested graphs are"
+        notes.append(f"{path.name}: {what} read as part of the whole")
     keys = {key.get("id", ""): key for key in root if _tag(key) == "key"}
     nodes = [element for element in inside if _tag(element) == "node"]
     edges = [element for element in inside if _tag(element) == "edge"]
