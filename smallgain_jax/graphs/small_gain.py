@@ -48,6 +48,7 @@ class SmallGainInfo(NamedTuple):
     spent_rows: jax.Array  # [n] budget used on each row
     spent_global: jax.Array  # []
     cost: jax.Array  # [K] dearest row of each term at unit weight
+    gradient_norms: jax.Array  # [K] Euclidean norm of each term's gradient
     hinge_activity: jax.Array  # [K]
     guard: jax.Array  # [] factor on the base optimizer's update
     cosine: jax.Array  # [] between the step and the reference descent direction
@@ -221,6 +222,7 @@ def reweighted(
             spent_rows=decided.spent_rows,
             spent_global=decided.spent_global,
             cost=jnp.max(curvature.edge_cost, axis=per_term, initial=0.0),
+            gradient_norms=jnp.sqrt(jnp.sum(here.snapshot.term_gradients**2, axis=per_term)),
             hinge_activity=graph.hinge_activity(here.snapshot.x, settings.smoothing),
             guard=chosen.guard,
             cosine=chosen.cosine,
@@ -283,6 +285,7 @@ def _initial_state(
         spent_rows=rows(),
         spent_global=scalar(),
         cost=terms(0.0),
+        gradient_norms=terms(0.0),
         hinge_activity=terms(0.0),
         guard=scalar(),
         cosine=scalar(),
