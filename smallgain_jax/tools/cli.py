@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -73,7 +73,8 @@ class Relax(Settings, frozen=True, kw_only=True):
       directed_hinge       weight max(0, x_j - x_i)^2
       asymmetric_hinge     weight max(0, beta_j x_j - alpha_i x_i)^2
       gate_benefit         -weight delta x_i
-      damped_gate_benefit  the same, damped: delta, damping, eta_power, positive_scale, negative_scale
+      damped_gate_benefit  the same, damped by delta, damping, eta_power, positive_scale and
+                           negative_scale
 
     with i the source and j the target, quadratic and weight 1 where nothing is said. .graphml has
     the same as attributes; .mtx and scipy.sparse.save_npz are matrices of weights. Text tables may
@@ -302,12 +303,12 @@ def _decoded(path: Path, kind: type[_Config]) -> _Config:
 
 
 def _known_keys(problem: str, kind: type[msgspec.Struct]) -> str:
-    """What may stand where msgspec found an unknown key; it says where as `$.suites[...]`."""
+    """What may stand where msgspec found an unknown key; it says where as `$.suites[0]`."""
     if not problem.startswith("Object contains unknown field"):
         return ""
     at: Any = msgspec.inspect.type_info(kind)
     where = problem.partition("`$.")[2].rstrip("`")
-    for part in re.findall(r"\w+", where):
+    for part in re.findall(r"[^.\[\]]+", re.sub(r"\[[^\]]*\]", "", where)):
         at = next(field.type for field in at.fields if field.encode_name == part)
         while not isinstance(at, msgspec.inspect.StructType):
             # a list or a tuple of tables
@@ -529,9 +530,10 @@ def _clipped(
     if not moved.size:
         return []
     first = f"{given[moved[0]]:g} of node {problem.labels[moved[0]]!r}"
+    box = f"[{bounds[0]:g}, {bounds[1]:g}]"
     return [
-        f"start: {moved.size} of {given.size} values lie outside [{bounds[0]:g}, {bounds[1]:g}] and "
-        f"were moved to its ends, such as {first}"
+        f"start: {moved.size} of {given.size} values lie outside {box} and were moved to its ends, "
+        f"such as {first}"
     ]
 
 
@@ -551,13 +553,12 @@ def _surprises(
         )
         notes.append(f"nothing to do, no update was made: {why}")
     if not facts["final_energy"] <= facts["start_energy"]:
+        rise = f"from {facts['start_energy']:.6g} to {facts['final_energy']:.6g}"
         advice = ""
         if facts["learning_rate"] is not None:
             bound = facts["curvature_bound"]
             advice = f"; a learning rate of at most {1 / bound:.3g} would descend" if bound else ""
-        notes.append(
-            f"the energy rose from {facts['start_energy']:.6g} to {facts['final_energy']:.6g}{advice}"
-        )
+        notes.append(f"the energy rose {rise}{advice}")
     return notes
 
 
