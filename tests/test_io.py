@@ -215,6 +215,7 @@ class TestCsv:
             ("source,target,source\n0,1,2\n", 1, "source", "twice"),
             ("source\ttarget\tw\n0\t1\n", 2, "w", "2 cells, the header 3 .separated by tabs"),
             ("source\ttarget\tw\n0\t1\t1,234\n", 2, "w", "'1,234' may be a fraction or"),
+            ("source,target,w\n0,1,1_000\n", 2, "w", "'1_000' is not a number"),
             ("source;target;w\n0;1;1.234,5\n", 2, "w", "'1.234,5' is not a number"),
             ("source,target\n0,1\n1,2,3\n", 3, None, "3 cells, the header 2"),
             ("source,target,weight\n0,1,1\n\n1,2\n", 4, "weight", "2 cells, the header 3"),
@@ -399,6 +400,11 @@ class TestFilesAsPeopleHaveThem:
             ("source,target,weight\n2.0,0.0,0.5\n0.0,1.0,2\n1.0,2.0,1.25\n", "201"),
             ("source;target;weight\n2;0;0,5\n0;1;2\n1;2;1,25\n", "201"),
             ("source;target;weight\n10;30;0.5\n30;20;2\n20;10;1.25\n", ("10", "30", "20")),
+            (
+                f"source,target,weight\n{2**70},7,0.5\n7,1,2\n1,{2**70},1.25\n",
+                (f"{2**70}", "7", "1"),
+            ),
+            ("source,target,weight\n1e5,7e2,0.5\n7e2,1e2,2\n1e2,1e5,1.25\n", ("1e5", "7e2", "1e2")),
             ("source,target,weight\n007,7,0.5\n7,70,2\n70,007,1.25\n", ("007", "7", "70")),
         ],
     )
@@ -843,6 +849,19 @@ class TestMatrices:
         read = read_graph(csv_file(tmp_path / "m.mtx", text))
         assert read.graph.num_nodes == 4
         assert read.notes == ("2 nodes have no edge: '3', '4'",)
+
+    def test_a_decimal_comma_is_refused(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n% a, b\n2 2 1\n1 2 0,5\n"
+        with pytest.raises(FileFormatError, match="write a decimal point") as caught:
+            read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert caught.value.line == 4
+
+    def test_nodes_that_the_node_table_lacks_are_told(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n3 3 1\n1 2 0.5\n"
+        nodes = csv_file(tmp_path / "n.csv", "node,start\n1,1\n2,2\n")
+        read = read_graph(csv_file(tmp_path / "m.mtx", text), nodes)
+        assert read.labels == ("1", "2")
+        assert read.notes == ("m.mtx: 1 of its 3 nodes are not in the node table: left out",)
 
     def test_how_an_asymmetric_matrix_counts_is_told(self, tmp_path):
         scipy.io.mmwrite(tmp_path / "m.mtx", scipy.sparse.coo_array([[0.0, 3.0], [1.0, 0.0]]))

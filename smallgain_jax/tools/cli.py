@@ -54,7 +54,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     lower: float = 0.0
     upper: float = 1.0
     learning_rate: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     x64: bool = True
     rows: bool = False
     margin_threshold: float = 0.0
@@ -100,7 +100,7 @@ class Relax(Settings, frozen=True, kw_only=True):
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on
         the curvature at the start when not given.
-      momentum: coefficient of the method of that name.
+      momentum: coefficient of the method of that name; 0.9 when not given.
       x64: double precision.
       rows: also write every row's margin and spend to the telemetry, two columns a node.
       margin_threshold: margin_warn in the telemetry is 1 where the smallest margin is below it.
@@ -370,7 +370,14 @@ def _run_sweep(command: SweepOver) -> None:
 
 
 def _run_plot(command: Plot) -> None:
-    if command.source.suffix.lower() == ".toml":
+    planned = command.source.suffix.lower() == ".toml"
+    if planned and command.metric:
+        raise ValueError("metric: a plan has no telemetry yet, give its telemetry.csv")
+    if command.suite is not None and not planned:
+        raise ValueError("suite: only a plan has suites, give its TOML file")
+    if command.smooth != 1 and not command.metric:
+        raise ValueError("smooth: there is no metric to smooth, name one with --metric")
+    if planned:
         figures = _anatomy_of(command)
     else:
         table = telemetry.Table(read_columns(command.source))
@@ -437,11 +444,28 @@ def _check(command: Relax) -> None:
         raise ValueError(f"tol = {command.tol} must be at least 0")
     if not command.lower <= command.upper:
         raise ValueError(f"lower = {command.lower} must not exceed upper = {command.upper}")
-    check_fraction("momentum", command.momentum)
+    if command.momentum is not None:
+        check_fraction("momentum", command.momentum)
+        if command.method != "momentum":
+            raise ValueError(f"momentum: method {command.method} has none")
+    _check_files(command)
     if command.learning_rate is not None:
         check_positive("learning_rate", command.learning_rate)
         if command.method in ("default", "lbfgs"):
             raise ValueError(f"learning_rate: method {command.method} has none")
+
+
+def _check_files(command: Relax) -> None:
+    """What the file that is given has no use for would be lost without a word."""
+    suffix = suffix_of(command.file)
+    if command.symmetrize is not None and suffix not in (".mtx", ".npz"):
+        raise ValueError("symmetrize: only a matrix has two entries for a pair (.mtx, .npz)")
+    if command.node is not None and command.nodes is None:
+        raise ValueError("node: there is no node table, give one with --nodes")
+    if suffix in (".mtx", ".graphml"):
+        for name in ("source", "target"):
+            if getattr(command, name) is not None:
+                raise ValueError(f"{name}: a {suffix} file has no such column")
 
 
 class _Outcome(NamedTuple):
@@ -479,7 +503,8 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
     start = jnp.clip(given, *bounds)
     bound = _bound(graph, start)
     rate = command.learning_rate or (1 / bound if bound > 0 else 1.0)
-    optimizer = _OPTIMIZERS[command.method](graph, rate, command.momentum)
+    momentum = 0.9 if command.momentum is None else command.momentum
+    optimizer = _OPTIMIZERS[command.method](graph, rate, momentum)
     began = time.perf_counter()
     result = relax_in_chunks(
         graph,
@@ -542,6 +567,8 @@ def _surprises(
 ) -> list[str]:
     """What came out otherwise than somebody who asked for it may think."""
     notes = []
+    if command.margin_threshold and "margin_warn" not in table.columns:
+        notes.append(f"margin_threshold: method {command.method} has no margins to warn of")
     if command.rows and not any(name.startswith("margin:row:") for name in table.columns):
         notes.append(f"rows: method {command.method} has no margins by row, none were written")
     if command.steps and facts["converged"] and not facts["steps"]:

@@ -241,6 +241,11 @@ def numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
     for k, cell in enumerate(column.cells):
         try:
             values[k] = float(np.nan if cell is None else cell)
+            if isinstance(cell, str) and "_" in cell:
+                # Python reads 1_000, which no file means
+                column.fail(k, f"{cell!r} is not a number")
+        except FileFormatError:
+            raise
         except (ValueError, TypeError, OverflowError):
             values[k] = _spelled(column, k, comma)
     return values, np.isnan(values)

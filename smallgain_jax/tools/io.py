@@ -16,6 +16,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -153,7 +154,13 @@ def read_graph(
         edges = read_sheet(path, others=(".graphml", ".mtx"))
     node_sheet = own_nodes if nodes is None else read_sheet(Path(nodes))
     from_one = suffix_of(path) == ".mtx" and nodes is not None
-    return _assemble(edges, node_sheet, named, from_one)
+    read = _assemble(edges, node_sheet, named, from_one)
+    own = read.graph.num_nodes if own_nodes is None else own_nodes.num_rows
+    if own > read.graph.num_nodes:
+        left_out = own - read.graph.num_nodes
+        note = f"{path.name}: {left_out} of its {own} nodes are not in the node table: left out"
+        return read._replace(notes=(*read.notes, note))
+    return read
 
 
 def write_atomic(path: PathLike, write: Callable[[Path], object]) -> None:
@@ -299,16 +306,23 @@ _WRITERS: dict[str, Callable[[Path, Columns, Callable[[Any], str]], None]] = {
 def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[MatrixEdges, list[str]]:
     try:
         with opened(path) as file:
-            matrix = scipy.sparse.coo_array(scipy.io.mmread(file))
+            data = file.read()
+        # SciPy would read 0,5 as 0
+        if comma := re.search(rb"^[^%\n][^\n]*,", data, re.MULTILINE):
+            line = data.count(b"\n", 0, comma.start()) + 1
+            raise FileFormatError(path, line, None, "there is a comma: write a decimal point")
+        matrix = scipy.sparse.coo_array(scipy.io.mmread(BytesIO(data)))
         return _matrix(path, matrix, symmetrize, 1)
+    except FileFormatError:
+        raise
     except (ValueError, TypeError, OverflowError) as error:
         # SciPy's own messages start so
-        line = re.match(r"Line (\d+): ", str(error))
+        at = re.match(r"Line (\d+): ", str(error))
         raise FileFormatError(
             path,
-            int(line[1]) if line else None,
+            int(at[1]) if at else None,
             None,
-            f"the file cannot be read: {str(error).removeprefix(line[0] if line else '')}",
+            f"the file cannot be read: {str(error).removeprefix(at[0] if at else '')}",
         ) from error
 
 

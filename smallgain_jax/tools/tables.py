@@ -34,7 +34,9 @@ _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, "
 
 _SEPARATORS = (",", ";", "\t", "|")
 _COMMENTS = ("#", "%", "//")
-_LEADING_ZERO = r"^\s*(\+|-?0\d)"
+_NO_NUMBER = r"\+|-?0\d|\d+[eE]\d+"
+"""How a cell begins that may be a name, and that a number would not keep as it is: 007, 1e5."""
+_EXACT = 2.0**53
 
 
 class FileFormatError(ValueError):
@@ -298,21 +300,20 @@ def _polars_cells(polars: Any, text: Any) -> Cells:
     text = text.str.strip_chars()
     text = text.set(text == "", None)
     missing = text.null_count()
-    # 007 is a name: as a number it would come back as 7
-    if not text.str.contains(_LEADING_ZERO).any():
+    if not text.str.contains(f"^({_NO_NUMBER})").any():
         whole = text.cast(polars.Int64, strict=False)
         if not missing and not whole.null_count():
             return np.asarray(whole.to_numpy(), np.int64)
         number = text.cast(polars.Float64, strict=False)
-        # what overflows, or says nan, keeps its text for the message
-        if number.null_count() == missing and number.is_finite().all():
+        # what overflows, or says nan, keeps its text for the message; a long id its digits
+        if number.null_count() == missing and (number.abs() < _EXACT).all():
             return np.array(number.to_numpy(), np.float64)
     kept: list[Any] = text.to_list()
     return kept
 
 
 def _fast_numpy(text: str, width: int, separator: str) -> tuple[Cells, ...] | None:
-    if re.search(rf"(^|{re.escape(separator)})[ \t]*(\+|-?0\d)", text, re.MULTILINE):
+    if re.search(rf"(^|{re.escape(separator)})[ \t]*({_NO_NUMBER})", text, re.MULTILINE):
         return None
     first = text.split("\n", 1)[0].split(separator)
     kinds = [np.int64 if re.fullmatch(r"-?\d+", cell.strip()) else np.float64 for cell in first]
@@ -325,7 +326,7 @@ def _fast_numpy(text: str, width: int, separator: str) -> tuple[Cells, ...] | No
     except (ValueError, Warning, OverflowError):
         return None
     columns = tuple(np.ascontiguousarray(rows[name]) for name in dtype.names or ())
-    return columns if all(np.isfinite(column).all() for column in columns) else None
+    return columns if all((np.abs(column) < _EXACT).all() for column in columns) else None
 
 
 def _careful_sheet(path: Path, lines: list[str], head: _Head) -> Sheet:
@@ -400,8 +401,8 @@ def _fail_ragged(
     # a short row lacks its next column; a long one has no name for the rest
     column = header[size] if size < len(header) else None
     problem = (
-        f"the row has {size} cells, the {'header' if header else 'first row'} {width} "
-        f"(separated by {shown_separator(separator)})"
+        f"the row has {size} cell{'s' * (size != 1)}, the {'header' if header else 'first row'} "
+        f"{width} (separated by {shown_separator(separator)})"
     )
     raise FileFormatError(path, line, column or None, problem)
 
