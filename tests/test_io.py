@@ -202,6 +202,29 @@ class TestCsv:
             read_graph(path)
         assert (caught.value.line, caught.value.column) == (10_002, "weight")
 
+    @pytest.mark.parametrize("separator", [",", "\t", " "])
+    def test_parsers_agree_on_plain_rows(self, tmp_path, monkeypatch, separator):
+        rng = np.random.default_rng(1)
+        rows = zip(rng.integers(0, 90, 300), 90 + rng.integers(0, 9, 300), rng.random(300))
+        lines = ["source target weight", *(f"{i} {j} {w}" for i, j, w in rows)]
+        path = csv_file(tmp_path / "e.txt", "\n".join(lines).replace(" ", separator))
+        fast, used = tables._fast_cells, []
+
+        def spied(*parts):
+            used.append(fast(*parts))
+            return used[-1]
+
+        monkeypatch.setattr(tables, "_fast_cells", spied)
+        reads = [read_graph(path)]
+        monkeypatch.setitem(sys.modules, "polars", None)
+        reads.append(read_graph(path))
+        assert all(cells is not None for cells in used)
+        monkeypatch.setattr(tables, "_fast_cells", lambda *parts: None)
+        reads.append(read_graph(path))
+        for read in reads[1:]:
+            assert_same(read.graph, reads[0].graph)
+            assert (read.labels, read.notes) == (reads[0].labels, reads[0].notes)
+
     @pytest.mark.parametrize(
         ("text", "line", "column", "message"),
         [

@@ -276,7 +276,7 @@ def _fast_cells(lines: list[str], head: _Head) -> tuple[Cells, ...] | None:
     try:
         polars = importlib.import_module("polars")
     except ImportError:
-        return _fast_numpy(text, width, head.separator)
+        return _fast_numpy(lines, text, head.separator)
     return _fast_polars(polars, text, width, head.separator)
 
 
@@ -312,21 +312,36 @@ def _polars_cells(polars: Any, text: Any) -> Cells:
     return kept
 
 
-def _fast_numpy(text: str, width: int, separator: str) -> tuple[Cells, ...] | None:
-    if re.search(rf"(^|{re.escape(separator)})[ \t]*({_NO_NUMBER})", text, re.MULTILINE):
+def _fast_numpy(lines: list[str], text: str, separator: str) -> tuple[Cells, ...] | None:
+    if not text.isascii() or _may_be_names(text, separator):
         return None
-    first = text.split("\n", 1)[0].split(separator)
-    kinds = [np.int64 if re.fullmatch(r"-?\d+", cell.strip()) else np.float64 for cell in first]
+    first = lines[0].rstrip("\r\n").split(separator)
+    kinds = [np.int64 if re.fullmatch(r"-?\d+", cell) else np.float64 for cell in first]
     dtype = np.dtype([(f"c{c}", kind) for c, kind in enumerate(kinds)])
     try:
         with warnings.catch_warnings():
             # older NumPy only warns where it cuts 2.5 down to 2
             warnings.simplefilter("error")
-            rows = np.loadtxt(io.StringIO(text), dtype, comments=None, delimiter=separator, ndmin=1)
+            rows = np.loadtxt(lines, dtype, comments=None, delimiter=separator, ndmin=1)
     except (ValueError, Warning, OverflowError):
         return None
     columns = tuple(np.ascontiguousarray(rows[name]) for name in dtype.names or ())
     return columns if all((np.abs(column) < _EXACT).all() for column in columns) else None
+
+
+def _may_be_names(text: str, separator: str) -> bool:
+    """Whether some cell is `_NO_NUMBER`, or has white space around it, without a look at each."""
+    if " " in text.replace(separator, "") or (separator != "\t" and "\t" in text):
+        return True
+    data = np.frombuffer(f"{text}\n\n\n".encode(), np.uint8)
+    digit = (data >= ord("0")) & (data <= ord("9"))
+    start = np.flatnonzero((data == ord(separator)) | (data == ord("\n")))[:-3] + 1
+    start = np.concatenate([[0], start])
+    after_sign = start + (data[start] == ord("-"))
+    padded = (data[after_sign] == ord("0")) & digit[after_sign + 1]
+    exponent = np.flatnonzero((data == ord("e")) | (data == ord("E")))
+    # that of a fraction cannot be told here from that of a name, and goes the careful way
+    return bool((data[start] == ord("+")).any() or padded.any() or digit[exponent + 1].any())
 
 
 def _careful_sheet(path: Path, lines: list[str], head: _Head) -> Sheet:
