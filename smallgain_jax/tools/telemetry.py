@@ -19,8 +19,8 @@ that leaves it did. No update leaves the last state: its row has an energy, sums
 | `sharpness_ratio` | L over the limit | ours |
 | `last_step_backtracks`, `total_backtracks` | halvings of the line search | the same |
 
-The last column compares with the design note this library grew from (see `docs/sources.md`), whose
-names these are. Two things of it are declared as different: `grad_norm` has couplings only, none of
+The last column compares with the design note this library grew from, whose names these are. Two
+things of it are declared as different: `grad_norm` has couplings only, none of
 local energies; and its optional weak Wolfe test after a large change of the weights does not exist,
 because Armijo's test and the angle test run at every step.
 
