@@ -198,6 +198,13 @@ class TestNetworkx:
         assert (gate.delta.item(), gate.weight.item()) == (0.5, 2.0)
         assert (order.i.item(), order.j.item()) == (2, 0)
 
+    def test_defaults_of_a_file_that_networkx_read(self):
+        network = nx.DiGraph([(0, 1)], edge_default={"weight": 5.0, "family": "gate_benefit"})
+        network.add_edge(1, 2, weight=0.5, family="quadratic")
+        graph = from_networkx(network)
+        assert graph.keys == ("GateBenefit", "Quadratic")
+        assert weights(graph).tolist() == [5.0, 0.5]
+
     def test_a_named_family_joins_the_default_one(self):
         network = nx.DiGraph([(0, 1), (1, 2)])
         network.add_edge(2, 3, family="quadratic")
@@ -268,6 +275,42 @@ class TestScipy:
         assert graph.keys == ("DirectedHinge",)
         assert ends(graph) == list(zip(i.tolist(), j.tolist(), strict=True))
         np.testing.assert_allclose(weights(graph), dense[i, j], rtol=1e-6)
+
+    def test_symmetric_to_rounding_is_symmetric(self):
+        dense = random_matrix(3, symmetric=True) + 0.1 * np.diag(np.ones(19), 1)
+        dense = (dense + dense.T) / 2
+        root = np.sqrt(dense.sum(1))
+        # as D^-1/2 K D^-1/2 comes out of two products that round differently
+        lopsided = scipy.sparse.csr_array(dense / root[:, None] / root)
+        pairs = np.count_nonzero(np.triu(dense))
+        assert abs(lopsided - lopsided.T).max() > 0
+        graph = from_scipy(lopsided)
+        assert graph.num_edges == pairs
+        i, j = np.nonzero(np.triu(dense))
+        np.testing.assert_allclose(weights(graph), dense[i, j] / (root[i] * root[j]), rtol=1e-6)
+        single = scipy.sparse.csr_array((dense / root[:, None] / root).astype(np.float32))
+        single.data *= 1 + 1e-7 * np.random.default_rng(0).random(single.nnz, np.float32)
+        assert from_scipy(single).num_edges == pairs
+
+    def test_a_truly_asymmetric_one_is_told_and_can_be_symmetrized(self):
+        matrix = scipy.sparse.csr_array([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0], [4.0, 0.0, 0.0]])
+        with pytest.warns(UserWarning, match=r"matrix is not symmetric: \[0, 1\] = 3 and"):
+            graph = from_scipy(matrix)
+        assert (ends(graph), weights(graph).tolist()) == ([(0, 1), (1, 0), (2, 0)], [3, 1, 4])
+        expected = {"mean": [2.0, 2.0], "sum": [4.0, 4.0], "max": [3.0, 4.0]}
+        for how, values in expected.items():
+            graph = from_scipy(matrix, symmetrize=how)
+            assert (ends(graph), weights(graph).tolist()) == ([(0, 1), (0, 2)], values)
+        assert ends(from_scipy(matrix, symmetrize=False)) == [(0, 1), (1, 0), (2, 0)]
+        symmetric = scipy.sparse.csr_array([[0.0, 3.0], [3.0, 0.0]])
+        directed = from_scipy(symmetric, family=DirectedHinge, symmetrize=False)
+        assert ends(directed) == [(0, 1), (1, 0)]
+        with pytest.raises(ValueError, match=r"^symmetrize = 'min' is unknown"):
+            from_scipy(matrix, symmetrize="min")
+
+    def test_a_pair_stored_once_needs_no_word(self):
+        matrix = scipy.sparse.csr_array([[0.0, 3.0], [0.0, 0.0]])
+        assert weights(from_scipy(matrix)).tolist() == [3.0]
 
     def test_agrees_with_networkx(self):
         network = nx.les_miserables_graph()

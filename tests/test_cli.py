@@ -1,5 +1,6 @@
 """The command line: files in and out, settings, and one clear line for every mistake."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -68,12 +69,16 @@ def test_relax_writes_state_telemetry_and_summary(files, capsys):
     assert summary["optimality"] <= summary["tol"]
     assert summary["precision"] == "float64"
     told = pl.read_csv(out / "telemetry.csv")
-    assert told["step"].to_list() == list(range(summary["steps"]))
+    assert told["step"].to_list() == list(range(summary["steps"] + 1))
     assert told["energy:reference"][0] == summary["start_energy"]
+    assert told["energy:reference"][-1] == summary["final_energy"]
+    assert min(summary["reading_seconds"], summary["relaxing_seconds"]) > 0
     printed = capsys.readouterr()
     assert (out / "summary.txt").read_text() in printed.out
     # standard error is no terminal here: no bar
-    assert printed.err == ""
+    (note,) = summary["notes"]
+    assert "1 of 3 cells of column 'weight' hold no value" in note
+    assert printed.err == f"smallgain: note: {note}\n"
 
 
 def test_weighted_methods_write_their_margins(files, caplog):
@@ -82,12 +87,13 @@ def test_weighted_methods_write_their_margins(files, caplog):
         assert run(*flags, "--live", "l.csv", "l.jsonl", "--log") == 0
     told = pl.read_csv(files / "o" / "p" / "telemetry.csv")
     assert {"margin:global", "share:Quadratic", "margin:row:2"} <= set(told.columns)
-    assert told.height == 5
+    assert told.height == 6
     # one row a step, without the rows' own columns
     for live in (pl.read_csv(files / "l.csv"), pl.read_ndjson(files / "l.jsonl")):
         assert set(live.columns) == {c for c in told.columns if ":row:" not in c}
         assert live["step"].to_list() == told["step"].to_list()
     assert len(caplog.records) == 5
+    assert caplog.records[-1].getMessage().startswith("step=5 ")
     assert json.loads((files / "o/p/summary.json").read_text())["precision"] == "float32"
 
 
@@ -109,27 +115,35 @@ def test_flags_override_the_configuration(files):
         (["relax", "none.csv"], "none.csv: No such file"),
         (["relax", "bad.csv"], "bad.csv, line 3, column 'weight': 'x' is not a number"),
         (["relax", "edges.csv", "--nodes", "edges.csv"], "column 'node'"),
-        (["relax", "edges.csv", "--config", "bad.toml"], "bad.toml: Object contains unknown field"),
+        (
+            ["relax", "edges.csv", "--config", "bad.toml"],
+            "bad.toml: Object contains unknown field `stepz`: known are nodes, source, target",
+        ),
         (["relax", "edges.csv", "--config", "type.toml"], "type.toml: Expected `int`"),
         (["relax", "edges.csv", "--config", "syntax.toml"], "syntax.toml: "),
         (["relax", "edges.csv", "--config", "none.toml"], "none.toml: No such file"),
-        (["relax", "edges.csv", "--stepz", "3"], "Unrecognized options: --stepz"),
-        (["relax", "edges.csv", "--steps", "x"], "--steps"),
         (["relax", "edges.csv", "--steps", "-1"], "steps = -1 must not be negative"),
         (["relax", "edges.csv", "--tol", "nan"], "tol = nan must be at least 0"),
         (["relax", "edges.csv", "--lower", "2"], "lower = 2.0 must not exceed upper"),
-        (["relax", "edges.csv", "--method", "magic"], "magic"),
         (["relax", "edges.csv", "--learning-rate", "1"], "learning_rate: method default has none"),
         (["relax", "edges.csv", "--method", "sgd", "--learning-rate", "-1"], "learning_rate = -1"),
         (["relax", "edges.csv", "--out", "nodes.csv"], "out = nodes.csv is a file"),
-        (["relax"], "PATH"),
-        (["frobnicate"], "frobnicate"),
-        ([], "relax"),
+        (["relax", "edges.csv", "--momentum", "0.5"], "momentum: method default has none"),
+        (["relax", "edges.csv", "--symmetrize", "sum"], "symmetrize: only a matrix has two"),
+        (["relax", "edges.csv", "--node", "id"], "node: there is no node table"),
+        (["relax", "m.mtx", "--source", "id"], "source: a .mtx file has no such column"),
+        (["plot", "edges.csv", "--smooth", "3"], "smooth: there is no metric to smooth"),
+        (["plot", "edges.csv", "--suite", "a"], "suite: only a plan has suites"),
+        (["plot", "plan.toml", "--metric", "a"], "metric: a plan has no telemetry"),
+        (["frobnicate"], "'frobnicate' is no command: choose from demo, relax, bench"),
+        (["relax", "edges.csv", "--source", "ann"], "column 'ann': the column is missing"),
+        (["bench", "--config", "plan.toml"], "`$.suites[0]`: known are generator, "),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(files, capsys, arguments, message):
     (files / "bad.csv").write_text("source,target,weight\n0,1,1\n1,2,x\n")
     (files / "bad.toml").write_text("stepz = 3\n")
+    (files / "plan.toml").write_text('[[suites]]\ngenerator = "ring"\nseeds = 3\n')
     (files / "type.toml").write_text('steps = "many"\n')
     (files / "syntax.toml").write_text("steps = = 3\n")
     before = sorted(files.rglob("*"))
@@ -140,6 +154,103 @@ def test_mistakes_are_one_line_and_leave_nothing(files, capsys, arguments, messa
     assert said.err.count("\n") == 1
     assert message in said.err
     assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stepz", "3"], "--stepz"),
+        (["--steps", "x"], "--steps"),
+        (["--method", "magic"], "magic"),
+    ],
+)
+def test_misused_options_point_to_the_help_of_the_command(files, capsys, arguments, message):
+    assert cli.main(["relax", "edges.csv", *arguments]) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert "smallgain relax --help" in said.err
+    assert {path.name for path in files.iterdir()} == {"edges.csv", "nodes.csv"}
+
+
+def test_a_missing_file_is_asked_for(capsys):
+    assert cli.main(["relax"]) == 2
+    assert "smallgain relax --help" in capsys.readouterr().err
+
+
+def test_mistaken_values_point_to_the_help_of_the_command(files, capsys):
+    assert run("--steps", -1) == 2
+    assert capsys.readouterr().err.endswith("(see smallgain relax --help)\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_bare_command_lists_what_there_is(capsys, arguments):
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for name in cli._COMMANDS:
+        assert f"\n  {name} " in said.out
+
+
+def notes(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    assert all(line.startswith("smallgain: note: ") for line in lines)
+    return [line.removeprefix("smallgain: note: ") for line in lines]
+
+
+def test_nothing_to_do_is_no_success_in_silence(files, capsys):
+    (files / "bare.csv").write_text("source,target\nann,bob\n")
+    assert cli.main(["relax", "bare.csv"]) == 0
+    (note,) = notes(capsys)
+    assert note.startswith("nothing to do")
+    assert "a node table (--nodes)" in note
+
+
+def test_rows_that_a_method_does_not_have_are_told(files, capsys):
+    assert run("--rows", "--steps", 2) == 0
+    assert "rows: method default has no margins by row, none were written" in notes(capsys)
+
+
+def test_a_start_outside_the_box_is_told(files, capsys):
+    nodes = "node,a,start\nann,1,0.5\nbob,1,-3\neve,1,7\n"
+    (files / "nodes.csv").write_text(nodes)
+    assert run("--steps", 2) == 0
+    told = "start: 2 of 3 values lie outside [0, 1] and were moved to its ends, such as -3 of node"
+    assert any(note.startswith(f"{told} 'bob'") for note in notes(capsys))
+
+
+def test_an_energy_that_rose_is_told_and_fails(files, capsys):
+    assert run("--method", "sgd", "--learning-rate", 100, "--steps", 5) == 1
+    summary = json.loads((files / "edges-relaxed" / "summary.json").read_text())
+    assert summary["final_energy"] > summary["start_energy"]
+    (note,) = [note for note in notes(capsys) if note.startswith("the energy rose")]
+    rate = float(note.split("at most ")[1].split()[0])
+    assert run("--method", "sgd", "--learning-rate", rate, "--steps", 5) == 0
+
+
+def test_columns_by_name_and_a_compressed_table(files, capsys):
+    text = "origin;goal;cost\nann;bob;0,5\nbob;eve;1\n"
+    with gzip.open(files / "roads.csv.gz", "wt") as file:
+        file.write(text)
+    named = ["--source", "origin", "--target", "goal", "--weight", "cost"]
+    command = ["relax", "roads.csv.gz", "--nodes", "nodes.csv", *named, "--steps", "2"]
+    assert cli.main(command) == 0
+    assert sorted(path.name for path in (files / "roads-relaxed").iterdir()) == OUTPUTS
+    assert notes(capsys) == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-x64"]])
+def test_nothing_warns_and_the_dtype_is_one(files, flags, recwarn):
+    (files / "bare.csv").write_text("source,target\nann,bob\n")
+    assert cli.main(["relax", "bare.csv", *flags]) == 0
+    assert [str(w.message) for w in recwarn] == []
+
+
+@pytest.mark.x64
+def test_curvature_has_the_dtype_of_a_weakly_typed_state():
+    graph = EnergyGraph(None, [Quadratic([0], [1], 0.5)], num_nodes=3)
+    curvature = graph.curvature(jnp.full(3, 0.5))
+    assert {leaf.dtype for leaf in jax.tree.leaves(curvature)} == {jnp.dtype("float64")}
+    assert graph.local_energy(jnp.full(3, 0.5)).dtype == jnp.float64
 
 
 def test_failed_write_leaves_nothing(files, monkeypatch, capsys):

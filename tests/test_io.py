@@ -14,7 +14,14 @@ import scipy.sparse
 
 from smallgain_jax.graphs.build import from_edge_list, from_networkx, from_scipy, term_order
 from smallgain_jax.graphs.local import Landau
-from smallgain_jax.tools.io import FileFormatError, read_graph, write_atomic, write_state
+from smallgain_jax.tools import tables
+from smallgain_jax.tools.io import (
+    FileFormatError,
+    read_columns,
+    read_graph,
+    write_atomic,
+    write_state,
+)
 
 RECORDS = [
     {"i": 0, "j": 1, "family": "gate_benefit", "weight": 0.5, "delta": -0.1},
@@ -116,9 +123,47 @@ class TestTables:
         assert (read.graph.i.tolist(), read.graph.j.tolist()) == ([2, 1], [1, 0])
         assert (read.graph.local, read.x0) == ((), None)
 
-    def test_numbers_leave_room_for_isolated_nodes(self, tmp_path, suffix):
-        edges = write_table(tmp_path / f"e{suffix}", {"source": [7], "target": [2]})
-        assert read_graph(edges).graph.num_nodes == 8
+    def test_numbers_with_gaps_are_names(self, tmp_path, suffix):
+        edges = write_table(tmp_path / f"e{suffix}", {"source": [7, 3], "target": [3, 9]})
+        read = read_graph(edges)
+        assert read.labels == ("3", "7", "9")
+        assert (read.graph.i.tolist(), read.graph.j.tolist()) == ([1, 0], [0, 2])
+        (note,) = read.notes
+        assert "node ids run from 3 to 9 and are kept as names; 4 numbers between" in note
+
+    def test_numbers_of_any_size_cost_nothing(self, tmp_path, suffix):
+        ends = {"source": [10_001, 10_002], "target": [10_002, 10**15]}
+        read = read_graph(write_table(tmp_path / f"e{suffix}", ends))
+        assert read.labels == ("10001", "10002", str(10**15))
+        assert read.graph.num_nodes == 3
+
+    def test_files_that_count_from_one_have_no_node_zero(self, tmp_path, suffix):
+        ends = {"source": [1, 2, 3], "target": [2, 3, 1]}
+        read = read_graph(write_table(tmp_path / f"e{suffix}", ends))
+        assert read.labels == ("1", "2", "3")
+        assert read.graph.i.tolist() == [0, 1, 2]
+
+    def test_whole_fractions_are_numbers(self, tmp_path, suffix):
+        ends = {"source": [0.0, 2.0], "target": [1.0, 0.0]}
+        assert read_graph(write_table(tmp_path / f"e{suffix}", ends)).labels == ("0", "1", "2")
+
+    def test_nodes_without_an_edge_are_reported(self, tmp_path, suffix):
+        edges = write_table(tmp_path / f"e{suffix}", {"source": ["a"], "target": ["b"]})
+        nodes = write_table(tmp_path / f"n{suffix}", {"node": ["a", "lone", "b", "far"]})
+        assert read_graph(edges, nodes).notes == ("2 nodes have no edge: 'lone', 'far'",)
+
+    def test_a_missing_weight_is_the_default(self, tmp_path, suffix):
+        columns = {"source": [0, 1, 2], "target": [1, 2, 0], "weight": [0.5, None, 2.0]}
+        read = read_graph(write_table(tmp_path / f"e{suffix}", columns))
+        assert read.graph.edges[0].weight.tolist() == [0.5, 1.0, 2.0]
+        assert read.notes == (
+            f"e{suffix}: 1 of 3 cells of column 'weight' hold no value and mean the default, 1",
+        )
+
+    def test_a_missing_family_is_quadratic(self, tmp_path):
+        columns = {"source": [0, 1], "target": [1, 2], "family": [None, "directed_hinge"]}
+        read = read_graph(write_table(tmp_path / "e.parquet", columns))
+        assert read.graph.keys == ("Quadratic", "DirectedHinge")
 
     def test_tables_of_different_formats(self, tmp_path):
         edges = write_table(tmp_path / "e.csv", {"source": [0], "target": [1]})
@@ -157,6 +202,29 @@ class TestCsv:
             read_graph(path)
         assert (caught.value.line, caught.value.column) == (10_002, "weight")
 
+    @pytest.mark.parametrize("separator", [",", "\t", " "])
+    def test_parsers_agree_on_plain_rows(self, tmp_path, monkeypatch, separator):
+        rng = np.random.default_rng(1)
+        rows = zip(rng.integers(0, 90, 300), 90 + rng.integers(0, 9, 300), rng.random(300))
+        lines = ["source target weight", *(f"{i} {j} {w}" for i, j, w in rows)]
+        path = csv_file(tmp_path / "e.txt", "\n".join(lines).replace(" ", separator))
+        fast, used = tables._fast_cells, []
+
+        def spied(*parts):
+            used.append(fast(*parts))
+            return used[-1]
+
+        monkeypatch.setattr(tables, "_fast_cells", spied)
+        reads = [read_graph(path)]
+        monkeypatch.setitem(sys.modules, "polars", None)
+        reads.append(read_graph(path))
+        assert all(cells is not None for cells in used)
+        monkeypatch.setattr(tables, "_fast_cells", lambda *parts: None)
+        reads.append(read_graph(path))
+        for read in reads[1:]:
+            assert_same(read.graph, reads[0].graph)
+            assert (read.labels, read.notes) == (reads[0].labels, reads[0].notes)
+
     @pytest.mark.parametrize(
         ("text", "line", "column", "message"),
         [
@@ -164,14 +232,17 @@ class TestCsv:
             ("\n\n", None, None, "empty"),
             ("source,target\n", None, None, "empty"),
             ("source,weight\n0,1\n", 1, "target", "missing"),
-            ("source;target\n0;1\n", 1, "source", "missing: there are 'source;target'"),
-            ("source,target,wieght\n0,1,2\n", 1, "wieght", "unknown"),
+            ("one,two\n0,1\n", 1, "source", "missing: there are 'one', 'two', separated by ','"),
+            ("source;goal\n0;1\n", 1, "target", "missing: there are 'source', 'goal'.*by ';'"),
+            ("source,target,wieght\n0,1,2\n", 1, "wieght", "if it is meant to be 'weight'"),
             ("source,target,source\n0,1,2\n", 1, "source", "twice"),
-            ("\nsource,target,\n0,1,2\n", 2, None, "no name"),
+            ("source\ttarget\tw\n0\t1\n", 2, "w", "2 cells, the header 3 .separated by tabs"),
+            ("source\ttarget\tw\n0\t1\t1,234\n", 2, "w", "'1,234' may be a fraction or"),
+            ("source,target,w\n0,1,1_000\n", 2, "w", "'1_000' is not a number"),
+            ("source;target;w\n0;1;1.234,5\n", 2, "w", "'1.234,5' is not a number"),
             ("source,target\n0,1\n1,2,3\n", 3, None, "3 cells, the header 2"),
             ("source,target,weight\n0,1,1\n\n1,2\n", 4, "weight", "2 cells, the header 3"),
             ("source,target,weight\n0,1,1\n1,2,x\n", 3, "weight", "'x' is not a number"),
-            ("source,target,weight\n0,1,nan\n", 2, "weight", "nan must be finite"),
             ("source,target,weight\n0,1,1\n0,1,1e999\n", 3, "weight", "1e999 must be finite"),
             ("source,target,weight\n0,1,-0.5\n", 2, "weight", "-0.5 must be at least 0"),
             ('source,target,weight\n"a\nb",1,1\n\n0,1,-2\n', 5, "weight", "at least 0"),
@@ -186,7 +257,8 @@ class TestCsv:
             ("source,target\n0,1\n2,2\n", 3, "target", "'2' is also the source"),
             ("source,target\na,b\nb,b\n", 3, "target", "'b' is also the source"),
             ("source,target\n0,1\n1,-2\n", 3, "target", "-2 is not a node number"),
-            ("source,target\n0,9999999999\n", 2, "target", "too large"),
+            ("source,target\n0,1\n1.5,2\n", 3, "source", "1.5 is neither an integer nor text"),
+            ("source,target\n0,1\nnan,2\n\n2,\n", 5, "target", "the cell is empty"),
             ("source,target\n0,1\n,1\n", 3, "source", "empty"),
         ],
     )
@@ -209,7 +281,8 @@ class TestCsv:
             ("node,a\n0,1\n-1,1\n2,1\n", 3, "node", "-1 is not a node number"),
             ("node,start\n0,1\n1,inf\n2,1\n", 3, "start", "finite"),
             ("a,b\n0,1\n", 1, "node", "missing"),
-            ("node,c\n0,1\n", 1, "c", "unknown"),
+            ("node,strat\n0,1\n", 1, "strat", "if it is meant to be 'start'"),
+            ("0,1\n1,2\n", 1, None, "no header: its first line is 0, 1"),
             ("node,a\n", None, None, "empty"),
         ],
     )
@@ -236,10 +309,218 @@ class TestCsv:
             read_graph(path)
 
     def test_a_cell_beyond_the_csv_limit(self, tmp_path):
-        path = csv_file(tmp_path / "e.csv", "source,target\n0,1\n" + "a" * 200_000 + ",1\n")
+        path = csv_file(tmp_path / "e.csv", f'source,target\n0,1\n"{"a" * 200_000}",1\n')
         with pytest.raises(FileFormatError, match="field larger") as caught:
             read_graph(path)
         assert caught.value.line == 3
+
+
+EDGES = [("ann", "bob", 0.5), ("bob", "eve", 2.0), ("eve", "ann", 1.25)]
+
+
+def assert_edges(read, edges=EDGES):
+    """What was read are these edges, in this order, of a quadratic graph."""
+    assert read.graph.keys == ("Quadratic",)
+    found = zip(read.graph.i.tolist(), read.graph.j.tolist(), strict=True)
+    weight = read.graph.edges[0].weight.tolist()
+    told = [(read.labels[i], read.labels[j], w) for (i, j), w in zip(found, weight, strict=True)]
+    assert told == list(edges)
+
+
+class TestFilesAsPeopleHaveThem:
+    """Text that other programs write, and that is read without a doubt."""
+
+    @pytest.mark.parametrize("engine", ["polars", "numpy", "careful"])
+    @pytest.mark.parametrize(
+        ("name", "text", "notes"),
+        [
+            ("from-to.csv", "from,to,w\nann,bob,0.5\nbob,eve,2\neve,ann,1.25\n", 0),
+            (
+                "gephi.csv",
+                "Source,Target,Type,Id,Label,Weight\nann,bob,Directed,0,,0.5\n"
+                "bob,eve,Directed,1,,2.0\neve,ann,Directed,2,,1.25\n",
+                1,
+            ),
+            (
+                "german.csv",
+                "Source;Target;Weight\r\nann;bob;0,5\r\nbob;eve;2\r\neve;ann;1,25\r\n",
+                0,
+            ),
+            ("tabs.tsv", "source\ttarget\tweight\nann\tbob\t0.5\nbob\teve\t2\neve\tann\t1.25\n", 0),
+            (
+                "bars.txt",
+                "src | dst | weight\nann | bob | 0.5\nbob | eve | 2\neve | ann | 1.25\n",
+                0,
+            ),
+            ("spaces.edges", "u   v weight\nann bob  0.5\nbob   eve 2 \n eve ann 1.25\n", 0),
+            (
+                "pandas.csv",
+                ",source,target,weight\n0,ann,bob,0.5\n1,bob,eve,2.0\n2,eve,ann,1.25\n",
+                1,
+            ),
+            (
+                "r.csv",
+                '"","source","target","weight"\n"1","ann","bob",0.5\n"2","bob","eve",2\n'
+                '"3","eve","ann",1.25\n',
+                1,
+            ),
+            (
+                "r-table.txt",
+                '"source" "target" "weight"\n"1" "ann" "bob" 0.5\n"2" "bob" "eve" 2\n'
+                '"3" "eve" "ann" 1.25\n',
+                1,
+            ),
+            ("trailing.csv", "source,target,weight,\nann,bob,0.5,\nbob,eve,2,\neve,ann,1.25,\n", 0),
+            ("trailing2.csv", "source,target,weight\nann,bob,0.5,\nbob,eve,2,\neve,ann,1.25,\n", 0),
+            (
+                "comments.csv",
+                "# made by hand\n% twice\n\nsource,target,weight\nann,bob,0.5\n\n"
+                "#ann,eve,7\nbob,eve,2\neve,ann,1.25\n",
+                1,
+            ),
+            ("savetxt.csv", "# source,target,weight\nann,bob,0.5\nbob,eve,2\neve,ann,1.25\n", 0),
+            ("no-end.csv", "source,target,weight\nann,bob,0.5\nbob,eve,2\neve,ann,1.25", 0),
+            ("mac.csv", "source,target,weight\rann,bob,0.5\rbob,eve,2\reve,ann,1.25\r", 0),
+            (
+                "bom.csv",
+                "\ufeffSOURCE,TARGET,WEIGHT\r\nann,bob,.5\r\nbob,eve,2e0\r\neve,ann,1.25\r\n",
+                0,
+            ),
+            (
+                "quoted.csv",
+                '"source", "target", "weight"\n"ann","bob","0.5"\n"bob","eve","2"\n'
+                '"eve","ann","1.25"\n',
+                0,
+            ),
+            (
+                "blanks.csv",
+                "\n\nsource,target,weight\n\nann,bob,0.5\n \nbob,eve,2\neve,ann,1.25\n\n",
+                0,
+            ),
+            (
+                "id-weight.csv",
+                "id,Target Id,source-id,WEIGHT\n9,bob,ann,0.5\n8,eve,bob,2\n7,ann,eve,1.25\n",
+                1,
+            ),
+        ],
+    )
+    def test_text(self, tmp_path, monkeypatch, engine, name, text, notes):
+        if engine == "numpy":
+            monkeypatch.setitem(sys.modules, "polars", None)
+        elif engine == "careful":
+            monkeypatch.setattr(tables, "_fast_cells", lambda *parts: None)
+        read = read_graph(csv_file(tmp_path / name, text))
+        assert_edges(read)
+        assert len(read.notes) == notes, read.notes
+
+    @pytest.mark.parametrize("engine", ["polars", "numpy", "careful"])
+    @pytest.mark.parametrize(
+        ("text", "labels"),
+        [
+            ("0,1,0.5\n1,2,2\n2,0,1.25\n", "012"),
+            ("# FromNodeId\tToNodeId\tw\n1\t2\t0.5\n2\t3\t2\n3\t1\t1.25\n", "123"),
+            ("1 2 0.5\n2 3 2\n3 1 1.25\n", "123"),
+            ("source,target,weight\n2.0,0.0,0.5\n0.0,1.0,2\n1.0,2.0,1.25\n", "201"),
+            ("source;target;weight\n2;0;0,5\n0;1;2\n1;2;1,25\n", "201"),
+            ("source;target;weight\n10;30;0.5\n30;20;2\n20;10;1.25\n", ("10", "30", "20")),
+            (
+                f"source,target,weight\n{2**70},7,0.5\n7,1,2\n1,{2**70},1.25\n",
+                (f"{2**70}", "7", "1"),
+            ),
+            ("source,target,weight\n1e5,7e2,0.5\n7e2,1e2,2\n1e2,1e5,1.25\n", ("1e5", "7e2", "1e2")),
+            ("source,target,weight\n007,7,0.5\n7,70,2\n70,007,1.25\n", ("007", "7", "70")),
+        ],
+    )
+    def test_numbers(self, tmp_path, monkeypatch, engine, text, labels):
+        if engine == "numpy":
+            monkeypatch.setitem(sys.modules, "polars", None)
+        elif engine == "careful":
+            monkeypatch.setattr(tables, "_fast_cells", lambda *parts: None)
+        read = read_graph(csv_file(tmp_path / "e.txt", text))
+        a, b, c = labels
+        assert_edges(read, [(a, b, 0.5), (b, c, 2.0), (c, a, 1.25)])
+
+    def test_names_with_spaces_umlauts_and_quotes(self, tmp_path):
+        text = 'source;target\n Jürg Groß ; "O\'Neil; ""Bo"""\nŁukasz;"#5"\n'
+        read = read_graph(csv_file(tmp_path / "e.csv", text))
+        assert read.labels == ("Jürg Groß", 'O\'Neil; "Bo"', "Łukasz", "#5")
+        utf16 = tmp_path / "f.csv"
+        utf16.write_bytes(text.encode("utf-16"))
+        assert read_graph(utf16).labels == read.labels
+
+    @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+    @pytest.mark.parametrize("kind", [".csv", ".graphml", ".mtx"])
+    def test_compressed(self, tmp_path, kind, suffix):
+        plain = tmp_path / f"g{kind}"
+        matrix = scipy.sparse.coo_array(([2.0, 2.0], ([0, 1], [1, 0])))
+        {
+            ".csv": lambda path: csv_file(path, "source,target,weight\n1,2,2\n"),
+            ".graphml": lambda path: nx.write_graphml(nx.Graph([("1", "2", {"weight": 2})]), path),
+            ".mtx": lambda path: scipy.io.mmwrite(path, matrix),
+        }[kind](plain)
+        packed = tmp_path / f"g{kind}{suffix}"
+        with tables._OPENERS[suffix](packed, "wb") as file:
+            file.write(plain.read_bytes())
+        assert_edges(read_graph(packed), [("1", "2", 2.0)])
+
+    def test_broken_compression(self, tmp_path):
+        (tmp_path / "e.csv.gz").write_bytes(b"source,target\n0,1\n")
+        with pytest.raises(FileFormatError, match="cannot be read"):
+            read_graph(tmp_path / "e.csv.gz")
+
+    def test_columns_by_the_callers_names(self, tmp_path):
+        text = "source,A,B,Cost\nweb,ann,bob,0.5\nweb,bob,eve,2\nweb,eve,ann,1.25\n"
+        nodes = csv_file(tmp_path / "n.csv", "who,start\neve,1\nbob,2\nann,3\n")
+        path = csv_file(tmp_path / "e.csv", text)
+        read = read_graph(path, nodes, source="A", target="B", weight="Cost", node="who")
+        assert_edges(read)
+        assert read.x0.tolist() == [1.0, 2.0, 3.0]
+        assert read.notes == ("e.csv: ignored column 'source'",)
+        with pytest.raises(FileFormatError, match="column 'C': the column is missing"):
+            read_graph(path, source="C", target="B")
+
+    def test_parquet_of_pandas(self, tmp_path):
+        columns = {"source": ["ann"], "target": ["bob"], "weight": [0.5], "__index_level_0__": [7]}
+        pl.DataFrame(columns).with_columns(pl.col("source").cast(pl.Categorical)).write_parquet(
+            tmp_path / "e.parquet"
+        )
+        read = read_graph(tmp_path / "e.parquet")
+        assert_edges(read, [("ann", "bob", 0.5)])
+        assert read.notes == ("e.parquet: ignored column '__index_level_0__'",)
+
+    def test_gephis_node_table(self, tmp_path):
+        edges = csv_file(tmp_path / "e.csv", "Source,Target,Weight\n1,2,0.5\n")
+        text = "Id,Label,Target,timeset\n2,Bob,0.75,\n1,Ann,0.25,\n"
+        read = read_graph(edges, csv_file(tmp_path / "n.csv", text))
+        assert read.labels == ("2", "1")
+        assert read.graph.local[0].target.tolist() == [0.75, 0.25]
+        assert read.notes == ("n.csv: ignored columns 'Label', 'timeset'",)
+
+    @pytest.mark.parametrize("word", ["", "nan", "NaN", "NA", "null", "None", "N/A"])
+    def test_missing_values_have_one_rule(self, tmp_path, word):
+        edges = csv_file(tmp_path / "e.csv", f"source,target,weight\n0,1,3\n1,2,{word}\n")
+        nodes = csv_file(tmp_path / "n.csv", f"node,a,start\n0,{word},1\n1,2,{word}\n2,1,1\n")
+        read = read_graph(edges, nodes)
+        assert read.graph.edges[0].weight.tolist() == [3.0, 1.0]
+        assert read.graph.local[0].a.tolist() == [0.0, 2.0, 1.0]
+        assert read.x0.tolist() == [1.0, 0.0, 1.0]
+        assert len(read.notes) == 1
+
+    def test_a_country_may_be_called_na(self, tmp_path):
+        read = read_graph(csv_file(tmp_path / "e.csv", "source,target\nNA,DE\nDE,FR\n"))
+        assert read.labels == ("NA", "DE", "FR")
+
+    def test_not_utf8_names_the_line(self, tmp_path):
+        path = tmp_path / "e.csv"
+        path.write_bytes("source,target\nann,bob\nJürg,ann\n".encode("latin-1"))
+        with pytest.raises(FileFormatError, match="save it as UTF-8") as caught:
+            read_graph(path)
+        assert caught.value.line == 3
+
+    def test_tables_of_numbers(self, tmp_path):
+        path = csv_file(tmp_path / "t.csv", "step;energy\n0;0,5\n1;\n")
+        columns = read_columns(path)
+        np.testing.assert_array_equal(columns["energy"], [0.5, np.nan])
 
 
 class TestOtherTables:
@@ -248,12 +529,12 @@ class TestOtherTables:
         ("columns", "line", "column", "message"),
         [
             ({"source": [0, 1]}, None, "target", "missing"),
-            ({"source": [0], "target": [1], "x": [1]}, None, "x", "unknown"),
             ({"source": [0, 1], "target": [1, 1]}, 2, "target", "row 2.*also the source"),
             ({"source": [0, -1], "target": [1, 1]}, 2, "source", "-1 is not a node number"),
             ({"source": [0.0, 1.5], "target": [1, 2]}, 2, "source", "1.5 is neither"),
             ({"source": [0, 1], "target": [1, 2], "weight": [1, -1]}, 2, "weight", "at least 0"),
-            ({"source": [0], "target": [1], "weight": [np.nan]}, 1, "weight", "finite"),
+            ({"source": [0], "target": [1], "weight": [np.inf]}, 1, "weight", "finite"),
+            ({"source": [0.0, np.nan], "target": [1, 2]}, 2, "source", "the cell is empty"),
             ({"source": [0], "target": [1], "weight": ["x"]}, 1, "weight", "not a number"),
             ({"source": [0], "target": [1], "family": ["x"]}, 1, "family", "unknown"),
         ],
@@ -301,14 +582,10 @@ class TestOtherTables:
         with pytest.raises(FileFormatError, match="unknown suffix"):
             read_graph(edges, tmp_path / name)
 
-    @pytest.mark.parametrize(
-        ("module", "name", "extra"),
-        [("polars", "e.parquet", "parquet"), ("networkx", "e.graphml", "graph")],
-    )
-    def test_says_what_to_install(self, tmp_path, monkeypatch, module, name, extra):
-        monkeypatch.setitem(sys.modules, module, None)
-        with pytest.raises(ImportError, match=rf"pip install 'smallgain_jax\[{extra}\]'"):
-            read_graph(tmp_path / name)
+    def test_says_what_to_install(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "polars", None)
+        with pytest.raises(ImportError, match=r"pip install 'smallgain_jax\[parquet\]'"):
+            read_graph(tmp_path / "e.parquet")
 
 
 class TestGraphml:
@@ -386,7 +663,7 @@ class TestMatrixMarket:
         scipy.io.mmwrite(tmp_path / "m.mtx", matrix, symmetry=symmetry)
         read = read_graph(tmp_path / "m.mtx")
         assert_same(read.graph, from_scipy(matrix))
-        assert read.labels == tuple("012345678")
+        assert read.labels == tuple("123456789")
         assert read.edges.tolist() == list(range(read.graph.num_edges))
 
     def test_patterns_and_a_node_table(self, tmp_path):
@@ -400,8 +677,8 @@ class TestMatrixMarket:
     @pytest.mark.parametrize(
         ("head", "body", "message"),
         [
-            ("real general", "3 3 1\n2 2 1.0\n", r"matrix\[1, 1\]"),
-            ("real general", "3 3 1\n2 1 -1.0\n", r"matrix\[1, 0\] = -1.0"),
+            ("real general", "3 3 1\n2 2 1.0\n", "empty"),
+            ("real general", "3 3 1\n2 1 -1.0\n", r"matrix\[2, 1\] = -1.0 must.*Laplacian"),
             ("real general", "3 2 1\n2 1 1.0\n", "shape"),
             ("complex general", "3 3 1\n2 1 1.0 1.0\n", "real"),
             ("real general", "3 3 0\n", "empty"),
@@ -417,6 +694,225 @@ class TestMatrixMarket:
         with pytest.raises(FileFormatError) as caught:
             read_graph(csv_file(tmp_path / "m.mtx", text))
         assert caught.value.line == 4
+
+
+GRAPHML = """<?xml version="1.0" encoding="UTF-8"?>
+<graphml xmlns="http://graphml.graphdrawing.org/xmlns">
+  {keys}
+  <graph id="G" edgedefault="undirected">
+    {body}
+  </graph>
+</graphml>
+"""
+
+
+def graphml(path, keys, body):
+    return csv_file(path, GRAPHML.format(keys=keys, body=body))
+
+
+def key(name, of, kind="double", default=None):
+    inner = "" if default is None else f"<default>{default}</default>"
+    return f'<key id="{of}_{name}" for="{of}" attr.name="{name}" attr.type="{kind}">{inner}</key>'
+
+
+NODES = '<node id="n0"/><node id="n1"/><node id="n2"/>'
+
+
+class TestGraphmlOfOthers:
+    @pytest.mark.parametrize("of", ["edge", "all"])
+    def test_defaults_of_edges(self, tmp_path, of):
+        data = f'<data key="{of}_weight">0.5</data>'
+        edges = f'<edge source="n0" target="n1"/><edge source="n1" target="n2">{data}</edge>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", key("weight", of, default=5), NODES + edges)
+        )
+        assert_edges(read, [("n0", "n1", 5.0), ("n1", "n2", 0.5)])
+
+    def test_defaults_of_nodes(self, tmp_path):
+        keys = key("a", "node", default=2) + key("Start", "node", default="0.25")
+        nodes = '<node id="n0"/><node id="n1"><data key="node_a">3</data></node>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.graph.local[0].a.tolist() == [2.0, 3.0]
+        assert read.x0.tolist() == [0.25, 0.25]
+
+    def test_names_of_igraph(self, tmp_path):
+        # as igraph's write_graphml lays it out
+        keys = key("name", "node", "string") + key("Weight", "edge")
+        nodes = "".join(
+            f'<node id="n{k}"><data key="node_name">{name}</data></node>'
+            for k, name in enumerate(("Ann", "Bob"))
+        )
+        edge = '<edge source="n1" target="n0"><data key="edge_Weight">2</data></edge>'
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edge))
+        # an undirected edge keeps the direction in which it is written
+        assert_edges(read, [("Bob", "Ann", 2.0)])
+        assert read.labels == ("Ann", "Bob")
+        assert read.notes == ("g.graphml: nodes are called by their attribute 'name'",)
+
+    def test_names_that_are_not_unique_stay_attributes(self, tmp_path):
+        keys = key("name", "node", "string")
+        nodes = "".join(f'<node id="n{k}"><data key="node_name">x</data></node>' for k in range(2))
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.labels == ("n0", "n1")
+        assert read.notes == ("g.graphml: ignored column 'name'",)
+
+    def test_vector_types_of_graph_tool(self, tmp_path):
+        keys = key("pos", "node", "vector_double") + key("weight", "edge", "short")
+        nodes = '<node id="n0"><data key="node_pos">0.1, 0.2</data></node><node id="n1"/>'
+        edge = '<edge id="e0" source="n0" target="n1"><data key="edge_weight">3</data></edge>'
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edge))
+        assert_edges(read, [("n0", "n1", 3.0)])
+        assert read.notes == ("g.graphml: ignored column 'pos'",)
+
+    def test_a_vector_where_a_number_belongs_is_named(self, tmp_path):
+        keys = key("a", "node", "vector_double")
+        nodes = '<node id="n0"><data key="node_a">0.1, 0.2</data></node><node id="n1"/>'
+        path = graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        with pytest.raises(FileFormatError, match=r"node 'n0', column 'a': '0.1, 0.2' is not"):
+            read_graph(path)
+
+    def test_nested_graphs_are_part_of_the_whole(self, tmp_path):
+        inner = '<node id="n1::0"/><node id="n1::1"/><edge source="n1::0" target="n1::1"/>'
+        body = (
+            f'<node id="n0"/><node id="n1"><graph edgedefault="undirected">{inner}</graph></node>'
+            '<edge source="n0" target="n1::0"/>'
+        )
+        read = read_graph(graphml(tmp_path / "g.graphml", "", body))
+        assert_edges(read, [("n1::0", "n1::1", 1.0), ("n0", "n1::0", 1.0)])
+        assert read.notes == (
+            "g.graphml: 1 nested graph is read as part of the whole",
+            "1 node has no edge: 'n1'",
+        )
+
+    def test_parallel_edges(self, tmp_path):
+        edges = '<edge source="n0" target="n1"/><edge source="n1" target="n0"/>'
+        read = read_graph(graphml(tmp_path / "g.graphml", "", NODES + edges))
+        assert_edges(read, [("n0", "n1", 1.0), ("n1", "n0", 1.0)])
+
+    def test_missing_values(self, tmp_path):
+        keys = key("weight", "edge") + key("a", "node")
+        nodes = "".join(
+            f'<node id="n{k}"><data key="node_a">{a}</data></node>'
+            for k, a in enumerate(("NaN", "", "2"))
+        )
+        edges = (
+            '<edge source="n0" target="n1"><data key="edge_weight">nan</data></edge>'
+            '<edge source="n1" target="n2"><data key="edge_weight">3</data></edge>'
+        )
+        read = read_graph(graphml(tmp_path / "g.graphml", keys, nodes + edges))
+        assert_edges(read, [("n0", "n1", 1.0), ("n1", "n2", 3.0)])
+        assert read.graph.local[0].a.tolist() == [0.0, 0.0, 2.0]
+
+    def test_a_colour_is_no_energy(self, tmp_path):
+        keys = "".join(key(name, "node", "int") for name in "rgb")
+        colour = "".join(f'<data key="node_{name}">153</data>' for name in "rgb")
+        nodes = f'<node id="n0">{colour}</node><node id="n1">{colour}</node>'
+        read = read_graph(
+            graphml(tmp_path / "g.graphml", keys, nodes + '<edge source="n0" target="n1"/>')
+        )
+        assert read.graph.local == ()
+        assert read.notes == ("g.graphml: r, g and b of the nodes are a colour, not energies",)
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ('<node id="n0"/><edge source="n0" target="n9"/>', "ends at node 'n9', never declared"),
+            ('<node id="n0"/><node id="n0"/>', "node 'n0' is declared twice"),
+            ("<hyperedge/>", "a hyperedge joins more than two nodes"),
+            ('<node id="n0"><data key="k">1</data></node>', "<data key='k'> has no <key>"),
+            ("</graph><graph>", "holds 2 graphs"),
+        ],
+    )
+    def test_what_is_not_read_is_named(self, tmp_path, body, message):
+        with pytest.raises(FileFormatError, match=message):
+            read_graph(graphml(tmp_path / "g.graphml", "", body))
+
+    def test_nodes_of_a_table(self, tmp_path):
+        path = graphml(tmp_path / "g.graphml", "", NODES + '<edge source="n2" target="n0"/>')
+        nodes = csv_file(tmp_path / "n.csv", "node,start\nn2,1\nn1,2\nn0,3\n")
+        read = read_graph(path, nodes)
+        assert_edges(read, [("n2", "n0", 1.0)])
+        assert read.labels == ("n2", "n1", "n0")
+
+
+class TestMatrices:
+    def test_a_diagonal_is_dropped_with_a_note(self, tmp_path):
+        matrix = scipy.sparse.coo_array([[4.0, 0.5, 0.0], [0.5, 3.0, 2.0], [0.0, 2.0, 1.0]])
+        scipy.io.mmwrite(tmp_path / "m.mtx", matrix, symmetry="symmetric")
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix.tocsr())
+        for name, labels in (("m.mtx", "123"), ("m.npz", "012")):
+            read = read_graph(tmp_path / name)
+            a, b, c = labels
+            assert_edges(read, [(a, b, 0.5), (b, c, 2.0)])
+            assert read.notes == (
+                f"{name}: ignored 3 entries on the diagonal: they join no two nodes",
+            )
+
+    @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
+    def test_save_npz(self, tmp_path, kind):
+        dense = np.diag([1.0, 2.0, 3.0], 1)
+        matrix = scipy.sparse.coo_array(dense + dense.T).asformat(kind)
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix)
+        read = read_graph(tmp_path / "m.npz")
+        assert_edges(read, [("0", "1", 1.0), ("1", "2", 2.0), ("2", "3", 3.0)])
+
+    def test_pattern_symmetric_and_integer(self, tmp_path):
+        pattern = "%%MatrixMarket matrix coordinate pattern symmetric\n% made\n3 3 2\n2 1\n3 2\n"
+        read = read_graph(csv_file(tmp_path / "p.mtx", pattern))
+        assert_edges(read, [("1", "2", 1.0), ("2", "3", 1.0)])
+        integer = "%%MatrixMarket matrix coordinate integer general\n2 2 1\n2 1 7\n"
+        assert_edges(read_graph(csv_file(tmp_path / "i.mtx", integer)), [("2", "1", 7.0)])
+
+    def test_isolated_rows_are_reported(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n4 4 1\n2 1 7\n"
+        read = read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert read.graph.num_nodes == 4
+        assert read.notes == ("2 nodes have no edge: '3', '4'",)
+
+    def test_a_decimal_comma_is_refused(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n% a, b\n2 2 1\n1 2 0,5\n"
+        with pytest.raises(FileFormatError, match="write a decimal point") as caught:
+            read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert caught.value.line == 4
+
+    def test_nodes_that_the_node_table_lacks_are_told(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n3 3 1\n1 2 0.5\n"
+        nodes = csv_file(tmp_path / "n.csv", "node,start\n1,1\n2,2\n")
+        read = read_graph(csv_file(tmp_path / "m.mtx", text), nodes)
+        assert read.labels == ("1", "2")
+        assert read.notes == ("m.mtx: 1 of its 3 nodes are not in the node table: left out",)
+
+    def test_how_an_asymmetric_matrix_counts_is_told(self, tmp_path):
+        scipy.io.mmwrite(tmp_path / "m.mtx", scipy.sparse.coo_array([[0.0, 3.0], [1.0, 0.0]]))
+        read = read_graph(tmp_path / "m.mtx")
+        assert_edges(read, [("1", "2", 3.0), ("2", "1", 1.0)])
+        (note,) = read.notes
+        assert "[1, 2] = 3 and [2, 1] = 1 are two edges, which weigh 4 together" in note
+        for how, weight in (("mean", 2.0), ("sum", 4.0), ("max", 3.0)):
+            read = read_graph(tmp_path / "m.mtx", symmetrize=how)
+            assert_edges(read, [("1", "2", weight)])
+            assert read.notes == ()
+
+    @pytest.mark.parametrize("first", [0, 1])
+    def test_node_tables_may_count_from_zero_or_one(self, tmp_path, first):
+        text = "%%MatrixMarket matrix coordinate real general\n3 3 2\n2 1 7\n3 2 5\n"
+        nodes = f"node,start\n{first + 1},0.5\n{first},0.25\n{first + 2},0.75\n"
+        path = csv_file(tmp_path / "m.mtx", text)
+        read = read_graph(path, csv_file(tmp_path / "n.csv", nodes))
+        start = dict(zip(read.labels, read.x0.tolist(), strict=True))
+        assert [start[str(k + first)] for k in range(3)] == [0.25, 0.5, 0.75]
+        ends = [(read.labels[i], read.labels[j]) for i, j in zip(read.graph.i, read.graph.j)]
+        assert ends == [(str(1 + first), str(first)), (str(2 + first), str(1 + first))]
+
+    def test_missing_entries_are_refused(self, tmp_path):
+        matrix = scipy.sparse.coo_array([[0.0, np.nan], [0.0, 0.0]])
+        scipy.sparse.save_npz(tmp_path / "m.npz", matrix)
+        with pytest.raises(FileFormatError, match=r"matrix\[0, 1\] = nan must be finite"):
+            read_graph(tmp_path / "m.npz")
 
 
 class TestWriting:

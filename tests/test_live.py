@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from smallgain_jax import EnergyGraph, Landau, Quadratic
+from smallgain_jax import EnergyGraph, Landau, Quadratic, small_gain
 from smallgain_jax.tools import live, telemetry
 from smallgain_jax.tools.live import MarginWarning, WarningSink, open_sink, relax_in_chunks
 from smallgain_jax.tools.telemetry import Table
@@ -107,12 +107,28 @@ def test_tensorboard_reads_what_was_written(outcome):
     np.testing.assert_allclose([*energies.values()], whole["energy:reference"], rtol=1e-6)
 
 
+def test_sums_run_on_from_part_to_part(graph):
+    optimizer = small_gain(optax.sgd(0.3), graph)
+    keep = telemetry.family_record(graph)
+    sink = Kept()
+    result = relax_in_chunks(
+        *(graph, jnp.array([1.0, 0.5]), optimizer, STEPS, (0.0, 1.0)),
+        **dict(tol=-1.0, record=keep, sinks=[sink], margin_threshold=1.0),
+    )
+    whole = telemetry.table(graph, result, margin_threshold=1.0).columns
+    assert list(sink.table) == list(whole)
+    for name, values in whole.items():
+        np.testing.assert_allclose(sink.table[name], values, rtol=1e-6, err_msg=name)
+        assert {part[name].dtype for part in sink.parts} == {values.dtype}
+    assert whole["spent:cumulative"][-1] > 0
+
+
 def test_log_has_a_line_a_part(graph, caplog):
     with caplog.at_level(logging.INFO, logger="smallgain_jax"):
         run(graph, [live.LoggingSink()])
     lines = [record.getMessage() for record in caplog.records]
     assert lines[0].startswith("step=2 energy:reference=")
-    assert lines[-1].startswith(f"step={STEPS - 1} ")
+    assert lines[-1].startswith(f"step={STEPS} ")
 
 
 def test_sinks_are_closed_when_one_fails(graph):

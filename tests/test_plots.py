@@ -77,7 +77,7 @@ def test_figures_are_saved_without_pyplot():
 def test_library_imports_without_matplotlib():
     code = (
         "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None\n"
-        "from smallgain_jax import cli, plots\n"
+        "from smallgain_jax.tools import cli, plots\n"
         "try: plots.new_figure(1, 1)\n"
         "except ImportError as error: print(error)\n"
     )
@@ -214,3 +214,30 @@ def test_bad_arguments_are_named():
         plots.energy({"a": np.ones((1, 2))})
     with pytest.raises(ValueError, match="table has no column 'margin:global'"):
         plots.margin(Table({"step": np.arange(2)}))
+
+
+def test_one_column_is_drawn_as_it_is_or_smoothed():
+    values = np.array([4.0, 2.0, 6.0, np.nan])
+    table = Table({"step": np.arange(4), "contraction_margin": values})
+    (line,) = plots.metric(table, "contraction_margin").get_lines()
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 4], [1, 2], [2, 6]])
+    raw, smooth = plots.metric(table, "contraction_margin", smooth=2).get_lines()
+    np.testing.assert_array_equal(raw.get_ydata(), values[:3])
+    np.testing.assert_allclose(smooth.get_ydata(), [4, 3, 4])
+    with pytest.raises(ValueError, match=r"no column 'x': choose from contraction_margin"):
+        plots.metric(table, "x")
+    with pytest.raises(ValueError, match=r"smooth = 0 must be at least 1"):
+        plots.metric(table, "contraction_margin", smooth=0)
+
+
+def test_the_axis_says_what_the_gap_is_against():
+    assert "to the minimum" in plots.energy(CURVES, 0.0).get_ylabel()
+    assert "to the lowest energy seen" in plots.energy(CURVES).get_ylabel()
+
+
+def test_the_last_state_leaves_no_hole():
+    last = {name: np.append(values.astype(float), np.nan) for name, values in ROWS.items()}
+    last["step"] = np.append(ROWS["step"], ROWS["step"][-1] + 1)
+    told, whole = Table(ROWS), Table(last)
+    for draw in (plots.row_margins, plots.shares, plots.allocation_by_family, plots.budget):
+        assert draw(told).get_xlim() == draw(whole).get_xlim()

@@ -131,7 +131,22 @@ def test_plot_command_draws_what_the_columns_allow(tmp_path, capsys):
     )
     assert "written" in capsys.readouterr().out
     few = {name: TELEMETRY[name] for name in ("step", "energy:reference")}
-    assert list(report.figures_of(Table(few))) == ["energy"]
+    figures = report.figures_of(Table(few))
+    assert list(figures) == ["energy"]
+    # the energy itself: against its own lowest every run would look converged
+    (line,) = figures["energy"].axes[0].get_lines()
+    np.testing.assert_array_equal(line.get_ydata(), TELEMETRY["energy:reference"])
+
+
+def test_one_metric_is_drawn_smoothed(tmp_path, capsys):
+    Table(TELEMETRY).write(tmp_path / "told.csv")
+    flags = ["--metric", "margin:global", "energy:reference", "--smooth", "2"]
+    command = ["plot", str(tmp_path / "told.csv"), *flags, "--out", str(tmp_path / "f")]
+    assert cli.main(command) == 0
+    drawn = sorted(path.name for path in (tmp_path / "f").iterdir())
+    assert drawn == ["energy-reference.png", "margin-global.png"]
+    assert cli.main([*command[:2], "--metric", "margin", "--out", str(tmp_path / "g")]) == 2
+    assert "no column 'margin': choose from" in capsys.readouterr().err
 
 
 @pytest.mark.x64

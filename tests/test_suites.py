@@ -79,6 +79,18 @@ def test_minimum_is_the_recorded_one(generator):
     np.testing.assert_allclose(solved, problem.minimum, rtol=0, atol=1e-13)
 
 
+@pytest.mark.x64
+def test_minimum_is_that_of_the_box_asked_for():
+    problem = Suite(generator="baseline").build()
+    wide, narrow = (suites.true_minimum(problem, bounds=box) for box in ((-2.0, 2.0), (0.25, 0.75)))
+    assert wide < problem.minimum < narrow
+    # two coordinates: a grid is an oracle
+    ticks = np.linspace(0.25, 0.75, 101)
+    grid = np.stack(np.meshgrid(ticks, ticks), axis=-1).reshape(-1, 2)
+    lowest = jax.vmap(problem.graph.energy)(grid).min()
+    assert narrow <= lowest <= narrow + 1e-5
+
+
 def test_minimum_needs_double_precision():
     problem = scenarios.baseline()._replace(minimum=None)
     with (

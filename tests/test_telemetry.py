@@ -42,12 +42,19 @@ def result(states):
 def test_columns_carry_the_names_of_the_design(problem, result):
     named = table(problem.graph, result, rows=True).columns
     keys = problem.graph.keys
-    families = ("alloc:coup:{}", "cost:coup:{}", "score:coup:{}", "hinge_activity:{}", "share:{}")
+    families = (
+        "alloc:coup:{}",
+        "cost:coup:{}",
+        "grad_norm:coup:{}",
+        "score:coup:{}",
+        "hinge_activity:{}",
+        "share:{}",
+    )
     rows = ("margin:row:{}", "spent:row:{}")
     expected = {
         *("step", "margin:global", "spent:global", "contraction_margin", "margin_warn"),
         *("last_step_backtracks", "total_backtracks", "energy:reference", "energy:adapted"),
-        "sharpness_ratio",
+        *("sharpness_ratio", "spent:cumulative"),
         *(name.format(key) for name in families for key in keys),
         *(name.format(row) for name in rows for row in range(problem.graph.num_nodes)),
     }
@@ -56,7 +63,7 @@ def test_columns_carry_the_names_of_the_design(problem, result):
 
 
 def test_columns_agree_with_their_definitions(problem, result):
-    graph, told = problem.graph, table(problem.graph, result, rows=True)
+    graph, told = problem.graph, table(problem.graph, result, rows=True, final=False)
     found = jax.tree.map(np.asarray, result.info.history)
     info, family = found.info, graph.family_index
     np.testing.assert_array_equal(told["step"], np.arange(STEPS))
@@ -67,6 +74,9 @@ def test_columns_agree_with_their_definitions(problem, result):
         told["contraction_margin"], 2 / info.lipschitz - 2 / info.limit, rtol=1e-5, atol=1e-7
     )
     np.testing.assert_array_equal(told["margin_warn"], told["margin:global"] < 0)
+    np.testing.assert_allclose(
+        told["spent:cumulative"], np.cumsum(info.spent_global, dtype=np.float64), rtol=1e-6
+    )
     rows = np.stack([told[f"margin:row:{r}"] for r in range(graph.num_nodes)], axis=1)
     np.testing.assert_allclose(rows.min(axis=1), told["margin:global"], rtol=1e-5, atol=1e-6)
     spent = np.stack([told[f"spent:row:{r}"] for r in range(graph.num_nodes)], axis=1)
@@ -83,6 +93,42 @@ def test_columns_agree_with_their_definitions(problem, result):
         }.items():
             np.testing.assert_allclose(told[name], expected, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(sum(told[f"share:{key}"] for key in graph.keys), 1, rtol=1e-5)
+
+
+def test_gradient_norms_are_those_of_the_terms(problem, states, result):
+    graph = problem.graph
+    # every state but the last, started from itself, is where an update measured
+    xs = [problem.x0]
+    for k in range(1, 3):
+        optimizer = small_gain(optax.sgd(0.05), graph)
+        xs.append(relax(graph, problem.x0, optimizer, k).x)
+    told = table(graph, result)
+    for k, x in enumerate(xs):
+        gradients = np.asarray(graph.term_gradients(x))
+        for f, key in enumerate(graph.keys):
+            norm = np.linalg.norm(gradients[graph.family_index == f])
+            np.testing.assert_allclose(told[f"grad_norm:coup:{key}"][k], norm, rtol=1e-4, atol=1e-7)
+
+
+def test_the_last_state_is_a_row(problem, result):
+    updates, told = (table(problem.graph, result, rows=True, final=f) for f in (False, True))
+    assert told.num_rows == updates.num_rows + 1 == STEPS + 1
+    assert told["energy:reference"][-1] == result.energy[-1]
+    assert told["step"][-1] == STEPS
+    for name, values in updates.columns.items():
+        np.testing.assert_array_equal(told[name][:-1], values)
+        assert told[name].dtype == values.dtype
+    assert np.isnan(told["margin:global"][-1])
+    for name in telemetry.CUMULATIVE:
+        assert told[name][-1] == updates[name][-1]
+
+
+def test_the_warning_has_a_threshold(problem, result):
+    margins = table(problem.graph, result)["margin:global"][:-1]
+    threshold = float(np.median(margins))
+    told = table(problem.graph, result, margin_threshold=threshold)
+    np.testing.assert_array_equal(told["margin_warn"][:-1], margins < threshold)
+    assert 0 < told["margin_warn"].sum() < STEPS
 
 
 def test_family_record_tells_the_same(problem, states, result):
@@ -147,7 +193,7 @@ def test_steps_after_the_tolerance_have_no_row():
     graph = EnergyGraph(Landau(a=jnp.ones(2)), [Quadratic([0], [1], 0.5)])
     result = relax(graph, jnp.array([1.0, 0.5]), steps=50, tol=1e-5, record=record)
     assert result.info.converged
-    assert table(graph, result).num_rows == int(result.info.steps) < 50
+    assert table(graph, result).num_rows == int(result.info.steps) + 1 < 50
 
 
 def test_vector_nodes_name_their_components():

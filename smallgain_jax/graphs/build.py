@@ -3,6 +3,7 @@
 import functools
 import inspect
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -173,7 +174,8 @@ def from_networkx(
     Args:
       graph: any NetworkX graph, directed, undirected or multi. An edge's attribute `family` (a key
         of `FAMILIES`) overrides `family`; attributes named like a parameter of its family are used,
-        others are ignored.
+        others are ignored. An edge without an attribute has that of
+        `graph.graph["edge_default"]`, where `networkx.read_graphml` keeps a file's defaults.
       local: local energies as for `EnergyGraph`, n nodes.
       weight: the attribute that holds w (1 where an edge has none), or None for all ones.
       family: of the edges that do not say.
@@ -188,12 +190,14 @@ def from_networkx(
     """
     number = {node: k for k, node in enumerate(graph.nodes)}
     edges = list(graph.edges(data=True))
+    defaults = graph.graph.get("edge_default", {})
 
     def fail(k: int, field: str | None, problem: str) -> Exception:
         return ValueError(f"graph.edges[{edges[k][0]!r}, {edges[k][1]!r}]{_key(field)} {problem}")
 
     def record(k: int) -> dict[str, Any]:
-        u, v, attributes = edges[k]
+        u, v, own = edges[k]
+        attributes = {**defaults, **own}
         maker = _maker(attributes.get("family"), family, lambda *problem: fail(k, *problem))
         wanted = {name: attributes.get(name) for name in family_parameters(maker)}
         scale = None if weight is None else attributes.get(weight)
@@ -203,33 +207,103 @@ def from_networkx(
     return EnergyGraph(local, columns.families(), num_nodes=len(number))
 
 
+SYMMETRIZE = {"mean": 0.5, "sum": 1.0}
+"""How `from_scipy` makes one entry of two: their sum times this; "max" takes the larger."""
+
+
 def from_scipy(
     matrix: Any,
     local: LocalEnergy | Sequence[LocalEnergy] | None = None,
     *,
     family: FamilyMaker = Quadratic,
+    symmetrize: str | bool | None = None,
 ) -> EnergyGraph:
     r"""The graph $\sum_l f_l(x) + \sum_{rc} M_{rc} e(x_r, x_c)$ of a sparse matrix.
 
-    When M is (exactly) symmetric the sum runs over its upper triangle, one edge per pair, otherwise
-    over every entry, i = r and j = c. Entries that are stored count even where they are zero, and
-    stand in order of rows, then columns.
+    When M is symmetric, to the rounding of its entries, the sum runs over its upper triangle, one
+    edge per pair, otherwise over every entry, i = r and j = c. Entries that are stored count even
+    where they are zero, and stand in order of rows, then columns.
 
     Args:
       matrix: SciPy sparse array or matrix [n, n] of real numbers, finite and non-negative, zero on
         the diagonal.
       local: local energies as for `EnergyGraph`, n nodes.
       family: of all edges.
+      symmetrize: "mean", "sum" or "max" make one edge i < j of the two entries of every pair, one
+        that is not stored counting as 0; False takes every entry as an edge even where M is
+        symmetric. None is as said above, with a warning where a pair that is stored twice, with
+        different values, becomes two edges of an undirected family (`Quadratic`).
 
     Raises:
       ValueError: a matrix that is not square, an entry on the diagonal, or one that is negative or
-        not finite.
+        not finite; another `symmetrize`.
       TypeError: something that is not a sparse matrix of real numbers.
 
     >>> import scipy.sparse
     >>> from_scipy(scipy.sparse.csr_array([[0.0, 2.0], [2.0, 0.0]])).edges[0].weight.tolist()
     [2.0]
+    >>> lopsided = scipy.sparse.csr_array([[0.0, 2.0], [1.0, 0.0]])
+    >>> from_scipy(lopsided, symmetrize="mean").edges[0].weight.tolist()
+    [1.5]
     """
+    edges = matrix_edges(matrix, symmetrize)
+    if edges.note is not None and family is Quadratic:
+        warnings.warn(f"matrix {edges.note}", stacklevel=2)
+    terms = family(i=edges.i, j=edges.j, weight=edges.value)
+    return EnergyGraph(local, terms, num_nodes=edges.num_nodes)
+
+
+class MatrixEdges(NamedTuple):
+    """The edges of a sparse matrix, in order of rows, then columns."""
+
+    i: np.ndarray  # int [E]
+    j: np.ndarray  # int [E]
+    value: np.ndarray  # float64 [E]
+    num_nodes: int
+    note: str | None  # how the entries of a matrix that is not symmetric count
+
+
+def matrix_edges(matrix: Any, symmetrize: str | bool | None = None, first: int = 0) -> MatrixEdges:
+    """What `from_scipy` makes of a matrix.
+
+    Args:
+      matrix, symmetrize: as there.
+      first: number of the first row in messages.
+
+    Raises:
+      ValueError, TypeError: as there.
+
+    >>> import scipy.sparse
+    >>> matrix_edges(scipy.sparse.csr_array([[0.0, 2.0], [2.0, 0.0]])).j.tolist()
+    [1]
+    """
+    if symmetrize not in (None, False, "max", *SYMMETRIZE):
+        raise ValueError(
+            f"symmetrize = {symmetrize!r} is unknown: choose mean, sum, max, False or None"
+        )
+    rows = _checked_rows(matrix, first)
+    # beside the stored entries, so that a pair stored once keeps its stored zero
+    turned = rows.T.tocsr()
+    apart = abs(rows - turned)
+    rounding = 8 * np.finfo(matrix.dtype if matrix.dtype.kind == "f" else np.float64).eps
+    symmetric = not (apart > rounding * rows.maximum(turned)).nnz
+    note = None
+    if symmetrize == "max":
+        rows = rows.maximum(turned)
+    elif isinstance(symmetrize, str):
+        rows = SYMMETRIZE[symmetrize] * (rows + turned)
+    elif symmetrize is None and symmetric and apart.nnz:
+        rows = 0.5 * (rows + turned)
+    elif symmetrize is None and not symmetric:
+        note = _two_ways(rows, turned, apart, first)
+    n, j, value = rows.shape[0], rows.indices, rows.data
+    i = np.repeat(np.arange(n), np.diff(rows.indptr))
+    both = symmetrize is False or (symmetrize is None and not symmetric)
+    edge = i != j if both else i < j
+    return MatrixEdges(i[edge], j[edge], value[edge], n, note)
+
+
+def _checked_rows(matrix: Any, first: int) -> Any:
     is_sparse: bool = scipy.sparse.issparse(matrix)
     if not is_sparse:
         raise TypeError(f"matrix must be a SciPy sparse array, got {type(matrix).__name__}")
@@ -241,15 +315,33 @@ def from_scipy(
     rows.sum_duplicates()
     for k in _first(rows.diagonal() != 0):
         raise ValueError(
-            f"matrix[{k}, {k}] = {rows.diagonal()[k]} must be 0: an edge joins two distinct nodes"
+            f"matrix[{k + first}, {k + first}] = {rows.diagonal()[k]} must be 0: "
+            "an edge joins two distinct nodes"
         )
-    n, j, value = rows.shape[0], rows.indices, rows.data
-    i = np.repeat(np.arange(n), np.diff(rows.indptr))
+    value = rows.data
+    i = np.repeat(np.arange(rows.shape[0]), np.diff(rows.indptr))
     for k in _first(~np.isfinite(to_default_dtype(value)) | (value < 0)):
-        raise ValueError(f"matrix[{i[k]}, {j[k]}] = {value[k]} must be finite and at least 0")
-    symmetric = abs(rows - rows.T.tocsr()).max() == 0
-    edge = i < j if symmetric else i != j
-    return EnergyGraph(local, family(i=i[edge], j=j[edge], weight=value[edge]), num_nodes=n)
+        hint = ": a Laplacian's couplings are its negative entries" if (value <= 0).all() else ""
+        raise ValueError(
+            f"matrix[{i[k] + first}, {rows.indices[k] + first}] = {value[k]} "
+            f"must be finite and at least 0{hint}"
+        )
+    return rows
+
+
+def _two_ways(rows: Any, turned: Any, apart: Any, first: int) -> str | None:
+    """How the pairs count that are stored in both directions, with different values."""
+    twice = scipy.sparse.triu(apart.multiply(rows.astype(bool)).multiply(turned.astype(bool)))
+    if not twice.nnz:
+        return None
+    i, j = (int(ends[0]) for ends in twice.nonzero())
+    one, other = float(rows[i, j]), float(rows[j, i])
+    return (
+        f"is not symmetric: [{i + first}, {j + first}] = {one:g} and [{j + first}, {i + first}] = "
+        f"{other:g} are two edges, which weigh {one + other:g} together ({twice.nnz} such pairs); "
+        "symmetrize='mean', 'sum' or 'max' makes one edge of them, symmetrize=False says that two "
+        "are meant"
+    )
 
 
 def _first(bad: np.ndarray) -> list[int]:

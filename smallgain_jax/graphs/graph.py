@@ -322,7 +322,8 @@ class EnergyGraph(eqx.Module):
         return out
 
     def _dtype(self, x: jax.Array) -> jnp.dtype:
-        return jnp.result_type(x, jnp.float32)
+        # of x as it is: a weak type would give way to float32
+        return jnp.promote_types(x.dtype, jnp.float32)
 
     def _check_state(self, x: jax.Array) -> None:
         if x.ndim not in (1, 2) or x.shape[0] != self.num_nodes:

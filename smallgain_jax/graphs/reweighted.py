@@ -49,6 +49,7 @@ class SmallGainInfo(NamedTuple):
     spent_rows: jax.Array  # [n] what the weights in force add to each row at the lower weights
     spent_global: jax.Array  # [] the same by each term's dearest row
     cost: jax.Array  # [K] dearest row of each term at unit weight
+    gradient_norms: jax.Array  # [K] Euclidean norm of each term's gradient
     hinge_activity: jax.Array  # [K]
     guard: jax.Array  # [] factor on the base optimizer's update
     cosine: jax.Array  # [] between the step and the reference descent direction
@@ -175,6 +176,7 @@ def _initial_state(
         spent_rows=rows(),
         spent_global=scalar(),
         cost=terms(0.0),
+        gradient_norms=terms(0.0),
         hinge_activity=terms(0.0),
         guard=scalar(),
         cosine=scalar(),
@@ -330,6 +332,7 @@ def _report(
         spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
         spent_global=jnp.vdot(here.dearest, raised),
         cost=here.dearest,
+        gradient_norms=_norms(here.snapshot.term_gradients),
         hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),
         guard=chosen.guard,
         cosine=chosen.cosine,
@@ -338,3 +341,8 @@ def _report(
         last_step_backtracks=search.backtracks,
         total_backtracks=before.total_backtracks + search.backtracks,
     )
+
+
+def _norms(term_gradients: jax.Array) -> jax.Array:
+    """Euclidean norm [K] of each term's gradient, [K, 2] or [K, 2, d]."""
+    return jnp.sqrt(jnp.sum(term_gradients**2, axis=tuple(range(1, term_gradients.ndim))))

@@ -1,17 +1,16 @@
 """The command line: `smallgain demo`, `relax FILE`, `bench`, `sweep` and `plot SOURCE`."""
 
-import argparse
-import contextlib
 import importlib.metadata
-import io
 import logging
 import math
+import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -23,10 +22,11 @@ import tyro
 
 from smallgain_jax._checks import check_fraction, check_positive
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.tools import demo, report, telemetry, validation
+from smallgain_jax.tools import demo, plots, report, telemetry, validation
 from smallgain_jax.tools.io import GraphFile, read_columns, read_graph, write_state
 from smallgain_jax.tools.live import LoggingSink, Sink, WarningSink, open_sink, relax_in_chunks
 from smallgain_jax.tools.sweep import Sweep, run_sweep
+from smallgain_jax.tools.tables import FileFormatError, suffix_of
 from smallgain_jax.tools.validation import Plan, run_plan
 from smallgain_jax.transform import auto_cap, gradnorm, small_gain
 
@@ -34,6 +34,7 @@ Method: TypeAlias = Literal[
     "default", "sgd", "momentum", "lbfgs", "small_gain", "gradnorm", "auto_cap"
 ]
 
+Symmetrize: TypeAlias = Literal["mean", "sum", "max", "none"]
 
 _Config = TypeVar("_Config", bound=msgspec.Struct)
 
@@ -42,40 +43,67 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     """What a TOML file given by --config may say, by these names; flags override it."""
 
     nodes: Path | None = None
+    source: str | None = None
+    target: str | None = None
+    weight: str | None = None
+    node: str | None = None
+    symmetrize: Symmetrize | None = None
     method: Method = "default"
     steps: int = 200
     tol: float = 1e-8
     lower: float = 0.0
     upper: float = 1.0
     learning_rate: float | None = None
-    momentum: float = 0.9
+    momentum: float | None = None
     x64: bool = True
     rows: bool = False
+    margin_threshold: float = 0.0
     live: tuple[Path, ...] = ()
     log: bool = False
     out: Path | None = None
 
 
 class Relax(Settings, frozen=True, kw_only=True):
-    """Relax the energy graph of a file: an edge table (.csv, .parquet, .npz), .graphml or .mtx.
+    """Relax the energy graph of a file.
 
-    Writes state.csv, telemetry.csv, summary.json and summary.txt, all of them or none.
+    An edge table (.csv, .tsv, .txt, .parquet, .npz) has the columns source and target and, as
+    needed, weight, family and the parameters of the families:
+
+      quadratic            weight (x_i - x_j)^2
+      directed_hinge       weight max(0, x_j - x_i)^2
+      asymmetric_hinge     weight max(0, beta_j x_j - alpha_i x_i)^2
+      gate_benefit         -weight delta x_i
+      damped_gate_benefit  the same, damped by delta, damping, eta_power, positive_scale and
+                           negative_scale
+
+    with i the source and j the target, quadratic and weight 1 where nothing is said. .graphml has
+    the same as attributes; .mtx and scipy.sparse.save_npz are matrices of weights. Text tables may
+    be compressed (.gz, .bz2, .xz), and comma, semicolon, tab, bar or white space part their cells.
+    A missing value (blank, NaN, NA, null) means the default.
+
+    Writes state.csv, telemetry.csv, summary.json and summary.txt, all of them or none. The exit
+    code is 1 where the energy at the end is higher than at the start.
 
     Attributes:
-      file: the graph. The columns of an edge table are source, target and, as needed, family,
-        weight and the parameters of the families.
-      nodes: node table: node and, as needed, a, b, target and start. Without a start the state
-        starts in the middle of the box.
+      file: the graph.
+      nodes: node table: node and, as needed, a, b and target of the energy a (x - target)^2 +
+        b (x - target)^4, and start. Without a start the state starts in the middle of the box.
+      source: name of the edge table's column of that kind, where it is none of the usual.
+      target: the same.
+      weight: the same.
+      node: name of the node table's column of that kind.
+      symmetrize: make one edge of the two entries of a matrix's pair; "none" keeps both as edges.
       method: "default" is majorized descent, the library's best.
       steps: number of updates at most.
-      tol: stop once no coordinate of a projected gradient step of size one moves by more.
+      tol: stop once no coordinate can move by more, as `smallgain_jax.relax` measures it.
       lower: lower bound of every coordinate; -inf for none.
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on
         the curvature at the start when not given.
-      momentum: coefficient of the method of that name.
+      momentum: coefficient of the method of that name; 0.9 when not given.
       x64: double precision.
-      rows: also write every row's margin and spend to the telemetry.
+      rows: also write every row's margin and spend to the telemetry, two columns a node.
+      margin_threshold: margin_warn in the telemetry is 1 where the smallest margin is below it.
       live: telemetry to write while it runs: .csv, .jsonl, .parquet (a folder of parts); anything
         else is a folder for TensorBoard.
       log: a line of telemetry on standard error for every twentieth of the steps.
@@ -145,15 +173,36 @@ class Plot(msgspec.Struct, frozen=True, kw_only=True):
       out: folder to write to.
       suite: name of the plan's suite; its first when not given.
       steps: updates, for a plan.
+      metric: draw these columns of the telemetry only, each in a file of its name.
+      smooth: draw the mean of the last so many values over each metric.
     """
 
     source: tyro.conf.Positional[Path]
     out: Path = Path("smallgain-plots")
+    metric: tuple[str, ...] = ()
+    smooth: int = 1
     suite: str | None = None
     steps: int = 60
 
 
 Command: TypeAlias = Relax | Demo | Bench | SweepOver | Plot
+
+_COMMANDS: dict[str, type[Command]] = {
+    "demo": Demo,
+    "relax": Relax,
+    "bench": Bench,
+    "sweep": SweepOver,
+    "plot": Plot,
+}
+_HELP = """usage: smallgain COMMAND ...
+
+Stability margins of optimizers as a budget: measured, priced, and spent where it pays.
+
+commands:
+{commands}
+
+`smallgain COMMAND --help` lists the options of a command; `smallgain --version` prints the version.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -163,38 +212,56 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-      The exit code: 0, or 2 after one line on standard error that says what was wrong.
+      The exit code: 0; 1 where a relaxation ended higher than it began; 2 after a message on
+      standard error that says what was wrong; 130 when interrupted.
 
     >>> main(["relax", "missing.csv"])
     2
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["--version"]:
+    name = arguments[0] if arguments else "--help"
+    if name == "--version":
         print(f"smallgain {_version()}")
         return 0
-    try:
-        command = _parse(arguments)
-        if isinstance(command, Demo):
-            _run_demo(command)
-        elif isinstance(command, Bench):
-            _run_bench(command)
-        elif isinstance(command, SweepOver):
-            _run_sweep(command)
-        elif isinstance(command, Plot):
-            _run_plot(command)
-        else:
-            _run_relax(command)
-    except _HelpShown:
+    if name in ("--help", "-h"):
+        print(_help(), end="")
         return 0
+    if name not in _COMMANDS:
+        known = ", ".join(_COMMANDS)
+        return _complain(f"{name!r} is no command: choose from {known} (see smallgain --help)")
+    try:
+        return _run(_parse(name, arguments[1:]))
+    except SystemExit as stop:
+        # the parser has shown its help, or what it does not understand
+        return int(stop.code or 0)
     except OSError as error:
-        named = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return _complain(named)
-    except (ValueError, ImportError) as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (FileFormatError, ImportError) as error:
         return _complain(str(error))
+    except ValueError as error:
+        return _complain(f"{error} (see smallgain {name} --help)")
     except KeyboardInterrupt:
         _complain("interrupted, nothing was written")
         return 130
+
+
+def _run(command: Command) -> int:
+    if isinstance(command, Relax):
+        return _run_relax(command)
+    if isinstance(command, Demo):
+        _run_demo(command)
+    elif isinstance(command, Bench):
+        _run_bench(command)
+    elif isinstance(command, SweepOver):
+        _run_sweep(command)
+    else:
+        _run_plot(command)
     return 0
+
+
+def _help() -> str:
+    abouts = {name: str(kind.__doc__).splitlines()[0] for name, kind in _COMMANDS.items()}
+    return _HELP.format(commands="\n".join(f"  {n:<6} {about}" for n, about in abouts.items()))
 
 
 def _complain(problem: str) -> int:
@@ -209,56 +276,22 @@ def _version() -> str:
         return "(not installed)"
 
 
-class _HelpShown(Exception):
-    """The parser has answered by itself."""
+def _parse(name: str, arguments: list[str]) -> Command:
+    command = _parsed(name, arguments, Settings())
+    if isinstance(command, Relax) and command.config is not None:
+        # once more, with the file's settings as the defaults that flags override
+        command = _parsed(name, arguments, _decoded(command.config, Settings))
+    return command
 
 
-def _parse(arguments: list[str]) -> Command:
-    # a positional that is missing stays missing: the parser asks for it
-    settings = msgspec.structs.asdict(_configured(arguments))
-    relaxing = Relax(file=tyro.MISSING, **settings)
-    commands: Any = (
-        Annotated[Relax, tyro.conf.subcommand("relax", default=relaxing)]
-        | Annotated[Demo, tyro.conf.subcommand("demo", default=Demo())]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[SweepOver, tyro.conf.subcommand("sweep")]
-        | Annotated[Plot, tyro.conf.subcommand("plot")]
-    )
-    said = io.StringIO()
-    about = "Stability margins as a budget. `smallgain --version` prints the version."
-    try:
-        with contextlib.redirect_stderr(said):
-            command: Command = tyro.cli(
-                commands, args=arguments, prog="smallgain", description=about
-            )
-            return command
-    except SystemExit as stop:
-        if not stop.code:
-            raise _HelpShown from None
-        _fail_usage(said.getvalue())
-
-
-def _fail_usage(box: str) -> NoReturn:
-    """The first paragraph of the parser's framed message, on one line."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    ends = (k for k, line in enumerate(lines) if not line or line[0] in "─╰")
-    text = " ".join(lines[: next(ends, None)])
-    raise ValueError(f"{text or 'wrong arguments'} (see smallgain --help)")
-
-
-def _configured(arguments: list[str]) -> Settings:
-    """The settings of the file that --config names, ahead of the flags that override them."""
-    if arguments[:1] != ["relax"]:
-        return Settings()
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--config", type=Path)
-    try:
-        path = parser.parse_known_args(arguments)[0].config
-    except argparse.ArgumentError as error:
-        raise ValueError(str(error)) from error
-    if path is None:
-        return Settings()
-    return _decoded(path, Settings)
+def _parsed(name: str, arguments: list[str], settings: Settings) -> Command:
+    kind: Any = _COMMANDS[name]
+    default: Any = tyro.MISSING_NONPROP
+    if kind is Relax:
+        # a positional that is missing stays missing: the parser asks for it
+        default = Relax(file=tyro.MISSING, **msgspec.structs.asdict(settings))
+    command: Command = tyro.cli(kind, args=arguments, prog=f"smallgain {name}", default=default)
+    return command
 
 
 def _decoded(path: Path, kind: type[_Config]) -> _Config:
@@ -266,7 +299,21 @@ def _decoded(path: Path, kind: type[_Config]) -> _Config:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=kind, dec_hook=_decode_path)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: {error}{_known_keys(str(error), kind)}") from error
+
+
+def _known_keys(problem: str, kind: type[msgspec.Struct]) -> str:
+    """What may stand where msgspec found an unknown key; it says where as `$.suites[0]`."""
+    if not problem.startswith("Object contains unknown field"):
+        return ""
+    at: Any = msgspec.inspect.type_info(kind)
+    where = problem.partition("`$.")[2].rstrip("`")
+    for part in re.findall(r"[^.\[\]]+", re.sub(r"\[[^\]]*\]", "", where)):
+        at = next(field.type for field in at.fields if field.encode_name == part)
+        while not isinstance(at, msgspec.inspect.StructType):
+            # a list or a tuple of tables
+            at = at.item_type
+    return f": known are {', '.join(field.encode_name for field in at.fields)}"
 
 
 def _overridden(config: _Config, **flags: Any) -> _Config:
@@ -323,13 +370,28 @@ def _run_sweep(command: SweepOver) -> None:
 
 
 def _run_plot(command: Plot) -> None:
-    if command.source.suffix.lower() == ".toml":
+    planned = command.source.suffix.lower() == ".toml"
+    if planned and command.metric:
+        raise ValueError("metric: a plan has no telemetry yet, give its telemetry.csv")
+    if command.suite is not None and not planned:
+        raise ValueError("suite: only a plan has suites, give its TOML file")
+    if command.smooth != 1 and not command.metric:
+        raise ValueError("smooth: there is no metric to smooth, name one with --metric")
+    if planned:
         figures = _anatomy_of(command)
     else:
-        figures = report.figures_of(telemetry.Table(read_columns(command.source)))
+        table = telemetry.Table(read_columns(command.source))
+        figures = _metrics(table, command) if command.metric else report.figures_of(table)
     command.out.mkdir(parents=True, exist_ok=True)
     written = report.write_figures(figures, command.out)
     print("written: " + ", ".join(map(str, written)))
+
+
+def _metrics(table: telemetry.Table, command: Plot) -> dict[str, Any]:
+    return {
+        re.sub(r"\W+", "-", name): plots.figure_of(plots.metric(table, name, command.smooth))
+        for name in command.metric
+    }
 
 
 def _anatomy_of(command: Plot) -> dict[str, Any]:
@@ -345,17 +407,34 @@ def _anatomy_of(command: Plot) -> dict[str, Any]:
         return report.anatomy(suites[name].build(), command.steps)
 
 
-def _run_relax(command: Relax) -> None:
+def _run_relax(command: Relax) -> int:
     _check(command)
-    out = command.out or command.file.with_name(f"{command.file.stem}-relaxed")
+    out = command.out or command.file.with_name(f"{_stem(command.file)}-relaxed")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file, expected a folder")
     with jax.enable_x64(command.x64):
-        problem = read_graph(command.file, command.nodes)
-        outcome = _relaxed(command, problem)
+        began = time.perf_counter()
+        problem = read_graph(
+            command.file,
+            command.nodes,
+            source=command.source,
+            target=command.target,
+            weight=command.weight,
+            node=command.node,
+            symmetrize=False if command.symmetrize == "none" else command.symmetrize,
+        )
+        reading = time.perf_counter() - began
+        outcome = _relaxed(command, problem, reading)
     _write_all(out, problem, outcome)
     print(outcome.summary)
     print(f"\nwritten to {out}/: {', '.join(sorted(path.name for path in _outputs(out)))}")
+    for note in outcome.facts["notes"]:
+        print(f"smallgain: note: {note}", file=sys.stderr)
+    return int(not outcome.facts["final_energy"] <= outcome.facts["start_energy"])
+
+
+def _stem(path: Path) -> str:
+    return path.name[: path.name.lower().rindex(suffix_of(path))] if suffix_of(path) else path.stem
 
 
 def _check(command: Relax) -> None:
@@ -365,11 +444,28 @@ def _check(command: Relax) -> None:
         raise ValueError(f"tol = {command.tol} must be at least 0")
     if not command.lower <= command.upper:
         raise ValueError(f"lower = {command.lower} must not exceed upper = {command.upper}")
-    check_fraction("momentum", command.momentum)
+    if command.momentum is not None:
+        check_fraction("momentum", command.momentum)
+        if command.method != "momentum":
+            raise ValueError(f"momentum: method {command.method} has none")
+    _check_files(command)
     if command.learning_rate is not None:
         check_positive("learning_rate", command.learning_rate)
         if command.method in ("default", "lbfgs"):
             raise ValueError(f"learning_rate: method {command.method} has none")
+
+
+def _check_files(command: Relax) -> None:
+    """What the file that is given has no use for would be lost without a word."""
+    suffix = suffix_of(command.file)
+    if command.symmetrize is not None and suffix not in (".mtx", ".npz"):
+        raise ValueError("symmetrize: only a matrix has two entries for a pair (.mtx, .npz)")
+    if command.node is not None and command.nodes is None:
+        raise ValueError("node: there is no node table, give one with --nodes")
+    if suffix in (".mtx", ".graphml"):
+        for name in ("source", "target"):
+            if getattr(command, name) is not None:
+                raise ValueError(f"{name}: a {suffix} file has no such column")
 
 
 class _Outcome(NamedTuple):
@@ -379,7 +475,8 @@ class _Outcome(NamedTuple):
 
     @property
     def summary(self) -> telemetry.Table:
-        shown = {name: _shown(value) for name, value in self.facts.items() if value is not None}
+        told = {k: v for k, v in self.facts.items() if v is not None and k != "notes"}
+        shown = {name: _shown(value) for name, value in told.items()}
         return telemetry.Table(
             {"quantity": np.array(list(shown)), "value": np.array(list(shown.values()))}
         )
@@ -399,14 +496,16 @@ def _shown(value: Any) -> str:
     return f"{value:.12g}" if isinstance(value, float) else str(value)
 
 
-def _relaxed(command: Relax, problem: GraphFile) -> _Outcome:
+def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
     graph = problem.graph
     bounds = (command.lower, command.upper)
-    start = _start(graph, bounds) if problem.x0 is None else problem.x0
-    start = jnp.clip(start, *bounds)
+    given = _start(graph, bounds) if problem.x0 is None else problem.x0
+    start = jnp.clip(given, *bounds)
     bound = _bound(graph, start)
     rate = command.learning_rate or (1 / bound if bound > 0 else 1.0)
-    optimizer = _OPTIMIZERS[command.method](graph, rate, command.momentum)
+    momentum = 0.9 if command.momentum is None else command.momentum
+    optimizer = _OPTIMIZERS[command.method](graph, rate, momentum)
+    began = time.perf_counter()
     result = relax_in_chunks(
         graph,
         start,
@@ -417,8 +516,12 @@ def _relaxed(command: Relax, problem: GraphFile) -> _Outcome:
         record=telemetry.family_record(graph, command.rows),
         progress=progress_bar(command.steps),
         sinks=_sinks(command),
+        margin_threshold=command.margin_threshold,
     )
-    table = telemetry.table(graph, result, rows=command.rows)
+    relaxing = time.perf_counter() - began
+    table = telemetry.table(
+        graph, result, rows=command.rows, margin_threshold=command.margin_threshold
+    )
     facts: dict[str, Any] = {
         "file": str(command.file),
         "nodes": graph.num_nodes,
@@ -435,15 +538,61 @@ def _relaxed(command: Relax, problem: GraphFile) -> _Outcome:
         "optimality": float(result.info.optimality),
         "curvature_bound": _bound(graph, result.x),
         "backtracks": None,
+        "reading_seconds": round(reading, 3),
+        "relaxing_seconds": round(relaxing, 3),
     }
     if "total_backtracks" in table.columns:
-        facts["backtracks"] = int(table["total_backtracks"][-1]) if table.num_rows else 0
+        facts["backtracks"] = int(table["total_backtracks"][-1])
+    clipped = _clipped(problem, np.asarray(given), np.asarray(start), bounds)
+    facts["notes"] = [*problem.notes, *clipped, *_surprises(command, problem, table, facts)]
     return _Outcome(np.asarray(result.x), table, facts)
+
+
+def _clipped(
+    problem: GraphFile, given: np.ndarray, start: np.ndarray, bounds: tuple[float, float]
+) -> list[str]:
+    moved = np.flatnonzero(given != start)
+    if not moved.size:
+        return []
+    first = f"{given[moved[0]]:g} of node {problem.labels[moved[0]]!r}"
+    box = f"[{bounds[0]:g}, {bounds[1]:g}]"
+    return [
+        f"start: {moved.size} of {given.size} values lie outside {box} and were moved to its ends, "
+        f"such as {first}"
+    ]
+
+
+def _surprises(
+    command: Relax, problem: GraphFile, table: telemetry.Table, facts: dict[str, Any]
+) -> list[str]:
+    """What came out otherwise than somebody who asked for it may think."""
+    notes = []
+    if command.margin_threshold and "margin_warn" not in table.columns:
+        notes.append(f"margin_threshold: method {command.method} has no margins to warn of")
+    if command.rows and not any(name.startswith("margin:row:") for name in table.columns):
+        notes.append(f"rows: method {command.method} has no margins by row, none were written")
+    if command.steps and facts["converged"] and not facts["steps"]:
+        why = (
+            "the edges alone hold every node where it is: a node table (--nodes) says what each "
+            "node wants, by a, b and target, and where it starts"
+            if not problem.graph.local
+            else "the start is a minimum already"
+        )
+        notes.append(f"nothing to do, no update was made: {why}")
+    if not facts["final_energy"] <= facts["start_energy"]:
+        rise = f"from {facts['start_energy']:.6g} to {facts['final_energy']:.6g}"
+        advice = ""
+        if facts["learning_rate"] is not None:
+            bound = facts["curvature_bound"]
+            advice = f"; a learning rate of at most {1 / bound:.3g} would descend" if bound else ""
+        notes.append(f"the energy rose {rise}{advice}")
+    return notes
 
 
 def _start(graph: EnergyGraph, bounds: tuple[float, float]) -> jax.Array:
     middle = sum(bounds) / 2
-    return jnp.full(graph.num_nodes, middle if math.isfinite(middle) else 0.0)
+    # not a weak type, which would give way to float32
+    return jnp.full(graph.num_nodes, middle if math.isfinite(middle) else 0.0, float)
 
 
 def _bound(graph: EnergyGraph, x: jax.Array) -> float:

@@ -24,8 +24,9 @@ from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit, heavy_ball_limit
 from smallgain_jax.tools import plots, scenarios, telemetry
-from smallgain_jax.tools.io import PathLike, write_atomic
+from smallgain_jax.tools.io import write_atomic
 from smallgain_jax.tools.scenarios import Scenario
+from smallgain_jax.tools.tables import PathLike
 from smallgain_jax.tools.telemetry import Table
 from smallgain_jax.tools.validation import MOMENTUM, RATES, best_run, first, gaps, own_count
 from smallgain_jax.transform import auto_cap, gradnorm, small_gain

@@ -24,8 +24,9 @@ from smallgain_jax.graphs.descent import majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import RelaxInfo, RelaxResult, relax
 from smallgain_jax.search.box import Box
-from smallgain_jax.tools.io import PathLike, optional_module, write_table
-from smallgain_jax.tools.telemetry import Table, table
+from smallgain_jax.tools.io import write_table
+from smallgain_jax.tools.tables import PathLike, optional_module
+from smallgain_jax.tools.telemetry import CUMULATIVE, Table, table
 
 CHUNKS = 20
 """Parts of a relaxation between which telemetry is written."""
@@ -127,7 +128,7 @@ class ParquetSink:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard, one event a step with every column in it.
+    """Scalars for TensorBoard, every column but `step`; NaN is left out.
 
     Args:
       folder: of the run, as `tensorboard --logdir` takes it.
@@ -137,29 +138,19 @@ class TensorBoardSink:
     """
 
     def __init__(self, folder: PathLike) -> None:
-        # its SummaryWriter hands every event to another thread, and waits each time for a semaphore
-        module = optional_module("tensorboardX.event_file_writer", "tensorboard")
-        self._summary = optional_module("tensorboardX.proto.summary_pb2", "tensorboard").Summary
-        self._event = optional_module("tensorboardX.proto.event_pb2", "tensorboard").Event
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._writer = module.EventsWriter(str(Path(folder) / "events"))
-        self._flushed = -math.inf
+        module = optional_module("tensorboardX", "tensorboard")
+        self._writer = module.SummaryWriter(str(folder))
 
     def write(self, rows: Table) -> None:
-        names = [name.replace(":", "/") for name in rows.columns if name != "step"]
-        columns = [values for name, values in rows.columns.items() if name != "step"]
         now = time.time()
-        for step, *values in zip(
-            rows["step"].tolist(), *(c.tolist() for c in columns), strict=True
-        ):
-            told = zip(names, values, strict=True)
-            scalars = [self._summary.Value(tag=n, simple_value=v) for n, v in told if v == v]
-            summary = self._summary(value=scalars)
-            self._writer.write_event(self._event(wall_time=now, step=step, summary=summary))
-        # waits for the disk: as often as somebody who watches can tell
-        if now - self._flushed >= 1:
-            self._writer.flush()
-            self._flushed = now
+        steps = rows["step"].tolist()
+        for name, values in rows.columns.items():
+            if name == "step":
+                continue
+            tag = name.replace(":", "/")
+            for step, value in zip(steps, values.tolist(), strict=True):
+                if value == value:
+                    self._writer.add_scalar(tag, value, step, walltime=now)
 
     def close(self) -> None:
         self._writer.close()
@@ -180,7 +171,8 @@ class LoggingSink:
     def write(self, rows: Table) -> None:
         shown = ("step", "energy:reference", "margin:global", "total_backtracks")
         known = [(name, rows[name][-1]) for name in shown if name in rows.columns]
-        self._logger.log(self._level, " ".join(f"{name}={value:.6g}" for name, value in known))
+        told = (f"{name}={value:.6g}" for name, value in known if value == value)
+        self._logger.log(self._level, " ".join(told))
 
     def close(self) -> None:
         pass
@@ -290,6 +282,7 @@ def relax_in_chunks(
     record: Callable[[Any], Any],
     progress: Callable[[int, float], None] = lambda made, energy: None,
     sinks: Sequence[Sink] = (),
+    margin_threshold: float = 0.0,
 ) -> RelaxResult:
     """`relax` in parts, so that the host can tell how far it is; the result is that of one call.
 
@@ -298,7 +291,8 @@ def relax_in_chunks(
         `telemetry`.
       progress: called with the steps made and the energy, at the start and after every part.
       sinks: where the rows of every part go while the next one runs; closed at the end, whatever
-        happens.
+        happens. The state after the last update is a row of its own.
+      margin_threshold: as in `telemetry.table`.
 
     Returns:
       The `RelaxResult` of one call, except that its histories are NumPy arrays and end at the part
@@ -309,7 +303,7 @@ def relax_in_chunks(
     parts: list[RelaxResult] = []
     size, made = max(1, -(-steps // CHUNKS)), 0
     sizes = [size] * (steps // size) + [steps % size] * (steps % size > 0)
-    rows = _Rows(graph, sinks)
+    rows = _Rows(graph, sinks, margin_threshold)
     progress(0, math.nan)
     try:
         for now in sizes or [0]:
@@ -324,7 +318,7 @@ def relax_in_chunks(
             progress(steps if part.info.converged else made, float(part.energy[-1]))
             if part.info.converged:
                 break
-        rows.flush()
+        rows.flush(final=True)
     finally:
         for sink in sinks:
             sink.close()
@@ -340,26 +334,27 @@ def relax_in_chunks(
 class _Rows:
     """The rows of a part between its end and their writing, numbered from the run's start."""
 
-    def __init__(self, graph: EnergyGraph, sinks: Sequence[Sink]) -> None:
-        self._graph, self._sinks = graph, sinks
+    def __init__(self, graph: EnergyGraph, sinks: Sequence[Sink], margin_threshold: float) -> None:
+        self._graph, self._sinks, self._threshold = graph, sinks, margin_threshold
         self._held: RelaxResult | None = None
-        self._steps = self._backtracks = 0
+        self._steps = 0
+        self._sums: dict[str, Any] = {}
 
     def hold(self, part: RelaxResult) -> None:
         self._held = part
 
-    def flush(self) -> None:
+    def flush(self, final: bool = False) -> None:
         if self._held is None or not self._sinks:
             return
-        told = table(self._graph, self._held)
-        own_total = "total_backtracks" in (self._held.info.history or {})
-        self._held = None
+        part, self._held = self._held, None
+        told = table(self._graph, part, margin_threshold=self._threshold, final=final)
         if not told.num_rows:
             return
         columns = dict(told.columns, step=told["step"] + self._steps)
-        if "total_backtracks" in columns and not own_total:
-            columns["total_backtracks"] = columns["total_backtracks"] + self._backtracks
-            self._backtracks = int(columns["total_backtracks"][-1])
+        # what the optimizer itself counts runs on from part to part
+        for name in set(CUMULATIVE) & columns.keys() - (part.info.history or {}).keys():
+            columns[name] = columns[name] + self._sums.get(name, 0)
+            self._sums[name] = columns[name][-1]
         self._steps += told.num_rows
         for sink in self._sinks:
             sink.write(Table(columns))

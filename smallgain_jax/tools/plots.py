@@ -41,7 +41,8 @@ def energy(
 
     Args:
       results: reference energies [steps + 1] by method, as in `RelaxResult.energy`.
-      minimum: F*; None takes the lowest energy of all, which flatters its own method.
+      minimum: F*; None takes the lowest energy of all, which flatters its own method, and the axis
+        says so.
       ax: where to draw; None makes a new figure, `ax.figure`.
 
     Returns:
@@ -94,11 +95,60 @@ def energy(
         fontsize="small",
     )
     axes.set_xlabel("step (updates)")
-    axes.set_ylabel("reference energy gap (fraction of the drop)")
+    against = "the minimum" if minimum is not None else "the lowest energy seen"
+    axes.set_ylabel(f"reference energy gap to {against}\n(fraction of the drop)")
     axes.grid(True, which="major", color="0.9")
     axes.set_axisbelow(True)
     axes.legend(fontsize="small", framealpha=0.9)
     return axes
+
+
+def metric(table: Table, name: str, smooth: int = 1, ax: "Axes | None" = None) -> "Axes":
+    r"""One column of telemetry against the step, as it is or smoothed.
+
+    Args:
+      table: of `telemetry.table`, or read back from its file.
+      name: of the column, such as "contraction_margin" or "alloc:coup:Quadratic".
+      smooth: K of the mean of the last K values, drawn over the values themselves; of as many as
+        there are, before K.
+      ax: where to draw; None makes a new figure, `ax.figure`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: `table` has no such column, or `smooth` is below 1.
+      ImportError: matplotlib is missing.
+
+    >>> table = Table({"step": np.arange(3), "energy:reference": np.array([4.0, 2.0, 0.0])})
+    >>> metric(table, "energy:reference", smooth=2).get_lines()[1].get_ydata().tolist()
+    [4.0, 3.0, 1.0]
+    """
+    for needed in ("step", name):
+        if needed not in table.columns:
+            there = ", ".join(column for column in table.columns if column != "step")
+            raise ValueError(f"metric: table has no column {needed!r}: choose from {there}")
+    if smooth < 1:
+        raise ValueError(f"smooth = {smooth} must be at least 1")
+    known = ~np.isnan(table[name].astype(np.float64))
+    step, values = table["step"][known], table[name][known].astype(np.float64)
+    axes = _axes(ax, 6.4, 3.6)
+    every = max(1, step.size // 10)
+    style: dict[str, Any] = {"marker": "o", "markevery": every, "markersize": 4.5}
+    if smooth > 1:
+        axes.plot(step, values, label="value", color="0.7", linewidth=1)
+        values = _trailing_mean(values, smooth)
+        style["label"] = f"mean of the last {smooth}"
+    axes.plot(step, values, color=OKABE_ITO[0], **style)
+    axes.locator_params(axis="x", integer=True)
+    return _finish(axes, name, legend=smooth > 1)
+
+
+def _trailing_mean(values: np.ndarray, size: int) -> np.ndarray:
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    end = np.arange(1, values.size + 1)
+    start = np.maximum(end - size, 0)
+    return (sums[end] - sums[start]) / (end - start)
 
 
 def margin(table: Table, ax: "Axes | None" = None) -> "Axes":
@@ -123,6 +173,7 @@ def margin(table: Table, ax: "Axes | None" = None) -> "Axes":
     for name in ("step", "margin:global", "spent:global"):
         if name not in table.columns:
             raise ValueError(f"table has no column {name!r}: only optimizers with weights have it")
+    table = _measured(table, "margin:global")
     axes = _axes(ax, 6.4, 3.6)
     step, left, spent = (table[name] for name in ("step", "margin:global", "spent:global"))
     every = max(1, step.size // 10)
@@ -168,6 +219,7 @@ def budget(table: Table, budget_fraction: float = 0.7, ax: "Axes | None" = None)
     >>> axes.get_lines()[1].get_ydata().tolist()
     [1.4, 0.0]
     """
+    table = _measured(table, "margin:row:")
     left = np.maximum(_rows_of(table, "margin:row:"), 0).sum(axis=1)
     spent = _rows_of(table, "spent:row:").sum(axis=1)
     axes = _axes(ax, 6.4, 3.6)
@@ -201,6 +253,7 @@ def allocation_by_family(table: Table, ax: "Axes | None" = None) -> "Axes":
     >>> allocation_by_family(table).get_ylabel()
     'weight of a term (mean of the family)'
     """
+    table = _measured(table, "alloc:coup:")
     axes = _axes(ax, 6.4, 3.6)
     for (key, values), style in zip(
         _families(table, "alloc:coup:").items(), _styles(), strict=False
@@ -274,7 +327,7 @@ def row_margins(table: Table, ax: "Axes | None" = None) -> "Axes":
     >>> row_margins(table).get_ylabel()
     'row (coordinate of x)'
     """
-    values = _rows_of(table, "margin:row:")
+    values = _rows_of(_measured(table, "margin:row:"), "margin:row:")
     axes = _axes(ax, 6.4, 4.0)
     reach = max(float(np.max(np.abs(values), initial=0.0)), 1e-12)
     _heat(axes, values, (-reach, reach), "RdBu", "margin T - R (energy per unit of x squared)")
@@ -300,6 +353,7 @@ def shares(table: Table, ax: "Axes | None" = None) -> "Axes":
     >>> shares(table).get_ylabel()
     'share of the cost of all terms (1)'
     """
+    table = _measured(table, "spent:global" if "spent:global" in table.columns else "share:")
     parts = _families(table, "share:")
     axes = _axes(ax, 6.4, 3.6)
     bands = axes.stackplot(
@@ -507,6 +561,15 @@ def pareto_front(cost: np.ndarray, other: np.ndarray) -> np.ndarray:
 def _styles() -> Iterator[dict[str, Any]]:
     for color, line, marker in zip(cycle(OKABE_ITO), cycle(_LINES), cycle(_MARKERS)):
         yield {"color": color, "linestyle": line, "marker": marker}
+
+
+def _measured(table: Table, prefix: str) -> Table:
+    """The rows in which some column of that prefix has a value: the last state has none."""
+    found = [values for name, values in table.columns.items() if name.startswith(prefix)]
+    if not found:
+        return table
+    known = ~np.isnan(np.stack(found).astype(np.float64)).all(axis=0)
+    return Table({name: np.asarray(values)[known] for name, values in table.columns.items()})
 
 
 def _families(table: Table, prefix: str) -> dict[str, np.ndarray]:

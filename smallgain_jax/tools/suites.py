@@ -282,7 +282,7 @@ def true_minimum(problem: Scenario, *, bounds: tuple[float, float] = (0.0, 1.0))
     this solver.
 
     Args:
-      problem: the scenario; where it knows its minimum, that is the answer.
+      problem: the scenario; where it knows its minimum over [0, 1]^n, that is the answer there.
       bounds: lower and upper bound of every coordinate.
 
     Returns:
@@ -295,7 +295,7 @@ def true_minimum(problem: Scenario, *, bounds: tuple[float, float] = (0.0, 1.0))
     ...     round(true_minimum(baseline()._replace(minimum=None)), 12)
     -0.002507612086
     """
-    if problem.minimum is not None:
+    if problem.minimum is not None and tuple(bounds) == (0.0, 1.0):
         return problem.minimum
     if jnp.result_type(float) != np.float64:
         raise ValueError("jax_enable_x64 must be on: single precision cannot tell small gaps")

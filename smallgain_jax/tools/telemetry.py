@@ -1,21 +1,28 @@
-"""Telemetry: the recorded history of a relaxation as a table with the seeds' column names.
+"""Telemetry: the recorded history of a relaxation as a table.
 
 Row k belongs to step k, the state after k updates: what was measured there, and what the update
-that leaves it did. The energy after the last update stands in `RelaxResult.energy[-1]`.
+that leaves it did. No update leaves the last state: its row has an energy, sums so far, and NaN.
 
-| column | what |
-|---|---|
-| `energy:reference`, `energy:adapted` | F(x; 1) and F(x; w), w the weights chosen there |
-| `margin:global`, `margin:row:<i>` | target less the row sum, the smallest and each |
-| `spent:global`, `spent:row:<i>` | budget spent by the allocation |
-| `alloc:coup:<Key>` | mean weight of a family's terms after the update |
-| `cost:coup:<Key>` | sum of weight times cost over the family, in curvature |
-| `score:coup:<Key>`, `hinge_activity:<Key>` | means over the family |
-| `share:<Key>` | the family's part of the cost of all |
-| `contraction_margin` | 2/L less the step, the step being 2/limit |
-| `margin_warn` | 1 where `margin:global` is negative |
-| `sharpness_ratio` | L over the limit |
-| `last_step_backtracks`, `total_backtracks` | halvings of the line search |
+| column | what | design note |
+|---|---|---|
+| `energy:reference`, `energy:adapted` | F(x; 1) and F(x; w), w the weights chosen there | ours |
+| `margin:global`, `margin:row:<i>` | target less the row sum, the smallest and each | the same |
+| `spent:global`, `spent:row:<i>` | budget spent by the allocation of this update | cumulates |
+| `spent:cumulative` | sum of `spent:global` so far | its `spent:global` |
+| `alloc:coup:<Key>` | mean weight of a family's terms after the update | the total |
+| `cost:coup:<Key>` | sum of weight times cost over the family, in curvature | the same |
+| `grad_norm:coup:<Key>` | root of the sum of the terms' squared gradient norms | norm of the sum |
+| `score:coup:<Key>`, `hinge_activity:<Key>` | means over the family | the same |
+| `share:<Key>` | the family's part of the cost of all | ours |
+| `contraction_margin` | 2/L less the step, the step being 2/limit | the same |
+| `margin_warn` | 1 where `margin:global` is below `margin_threshold` | the same |
+| `sharpness_ratio` | L over the limit | ours |
+| `last_step_backtracks`, `total_backtracks` | halvings of the line search | the same |
+
+The last column compares with the design note this library grew from, whose names these are. Two
+things of it are declared as different: `grad_norm` has couplings only, none of
+local energies; and its optional weak Wolfe test after a large change of the weights does not exist,
+because Armijo's test and the angle test run at every step.
 
 A key is a family of edges, as in `EnergyGraph.keys`; rows of vector nodes are `<i>:<component>`. An
 optimizer that knows less has fewer columns: majorized descent has no weights and no limit.
@@ -33,7 +40,8 @@ import optax
 from smallgain_jax.graphs.descent import DescentInfo, MajorizedDescentState
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import RelaxResult
-from smallgain_jax.tools.io import PathLike, write_table
+from smallgain_jax.tools.io import write_table
+from smallgain_jax.tools.tables import PathLike
 from smallgain_jax.transform import SmallGainInfo, SmallGainState
 
 SHOWN_ROWS = 20
@@ -129,7 +137,7 @@ def family_record(graph: EnergyGraph, rows: bool = False) -> FamilyRecord:
     >>> problem = scenarios.dense()
     >>> keep = family_record(problem.graph)
     >>> table(problem.graph, relax(problem.graph, problem.x0, steps=5, record=keep)).num_rows
-    5
+    6
     """
     return FamilyRecord(graph.keys, tuple(family.num_edges for family in graph.edges), rows)
 
@@ -254,8 +262,15 @@ def _csv_cell(value: Any) -> str:
     return "" if isinstance(value, np.floating) and np.isnan(value) else str(value)
 
 
-def table(graph: EnergyGraph, result: RelaxResult, *, rows: bool = False) -> Table:
-    """Telemetry of one relaxation, a row for every update made.
+def table(
+    graph: EnergyGraph,
+    result: RelaxResult,
+    *,
+    rows: bool = False,
+    margin_threshold: float = 0.0,
+    final: bool = True,
+) -> Table:
+    """Telemetry of one relaxation, a row for every state: each update's, and the last.
 
     Updates that a tolerance made unnecessary have no row. Without a record, or for an optimizer of
     which nothing is known, the table is `step` and `energy:reference`.
@@ -264,6 +279,8 @@ def table(graph: EnergyGraph, result: RelaxResult, *, rows: bool = False) -> Tab
       graph: the graph that was relaxed.
       result: of `relax(..., record=record)` or `record=family_record(graph)`, one start.
       rows: whether to add each row's margin and spend, two columns a node.
+      margin_threshold: `margin_warn` is 1 where the smallest margin is below it, in curvature.
+      final: whether the state after the last update is a row; without it, there is one an update.
 
     Returns:
       A `Table`; its columns are listed at the top of this module.
@@ -275,7 +292,7 @@ def table(graph: EnergyGraph, result: RelaxResult, *, rows: bool = False) -> Tab
     >>> problem = scenarios.dense()
     >>> result = relax(problem.graph, problem.x0, steps=5, record=record)
     >>> table(problem.graph, result)["step"].tolist()
-    [0, 1, 2, 3, 4]
+    [0, 1, 2, 3, 4, 5]
     """
     energy = np.asarray(result.energy)
     if energy.ndim != 1:
@@ -300,7 +317,28 @@ def table(graph: EnergyGraph, result: RelaxResult, *, rows: bool = False) -> Tab
             columns[name] = values[:made]
     if "last_step_backtracks" in columns and "total_backtracks" not in columns:
         columns["total_backtracks"] = np.cumsum(columns["last_step_backtracks"])
-    return Table(columns)
+    if "margin:global" in columns:
+        columns["spent:cumulative"] = np.cumsum(columns["spent:global"], dtype=np.float64)
+        columns["margin_warn"] = (columns["margin:global"] < margin_threshold).astype(np.int32)
+    if not final:
+        return Table(columns)
+    last = {"step": made, "energy:reference": energy[made]}
+    return Table(
+        {name: np.append(c, _last(name, c, last)).astype(c.dtype) for name, c in columns.items()}
+    )
+
+
+CUMULATIVE = ("total_backtracks", "spent:cumulative")
+"""Columns that count from the start of a run."""
+
+
+def _last(name: str, column: np.ndarray, known: dict[str, Any]) -> Any:
+    """What a column says of the state that no update left."""
+    if name in known:
+        return known[name]
+    if name in CUMULATIVE:
+        return column[-1] if column.size else 0
+    return 0 if column.dtype.kind in "iub" else np.nan
 
 
 def _row_columns(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -337,7 +375,6 @@ def _weight_columns(found: WeightsRecord, families: FamilyRecord) -> dict[str, A
             "spent:global": info.spent_global,
             "contraction_margin": 2 / info.lipschitz - 2 / info.limit,
             "sharpness_ratio": info.lipschitz / info.limit,
-            "margin_warn": (info.margin_global < 0).astype(np.int32),
             "last_step_backtracks": info.last_step_backtracks,
             "total_backtracks": info.total_backtracks,
         }
@@ -353,6 +390,7 @@ def _weight_columns(found: WeightsRecord, families: FamilyRecord) -> dict[str, A
             columns |= {
                 f"alloc:coup:{key}": found.weights[here].mean(-1),
                 f"cost:coup:{key}": cost,
+                f"grad_norm:coup:{key}": (info.gradient_norms[here] ** 2).sum(-1) ** 0.5,
                 f"score:coup:{key}": found.scores[here].mean(-1),
                 f"hinge_activity:{key}": info.hinge_activity[here].mean(-1),
                 f"share:{key}": cost / total,

@@ -190,7 +190,7 @@ ABLATIONS: dict[str, Method] = {
         for policy in ("greedy", "fair")
         for value in ("alignment", "grad_norm", "peek")
     },
-    "rows off": _static(row_gains=False),
+    "row gains off": _static(row_gains=False),
     "smoothing off": _static(smoothing=None),
     "scaling on": _static(scaling_iterations=10),
     **{f"rho {rho}": Method(SmallGain(), _OWN | {"budget_fraction": rho}) for rho in (0.5, 0.9)},

@@ -1,0 +1,333 @@
+"""What the columns of a table mean: their names, their numbers, their node ids.
+
+The one place that knows how people call things. A column is found by its name in any case, by a
+usual other name, or by the name that the caller gives; every other column is ignored, and a note
+says so. Notes are collected on the way, for whoever shows them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from smallgain_jax.graphs.build import LOWEST, known_parameters, to_default_dtype
+from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator
+
+LANDAU = ("a", "b", "target")
+LOWEST_CELL = {**LOWEST, "b": 0.0}
+
+_ENDS = (
+    ("source", "target"),
+    ("src", "dst"),
+    ("src", "tgt"),
+    ("from", "to"),
+    ("source_id", "target_id"),
+    ("from_id", "to_id"),
+    ("fromnodeid", "tonodeid"),
+    ("from_node", "to_node"),
+    ("source_node", "target_node"),
+    ("node1", "node2"),
+    ("node_1", "node_2"),
+    ("u", "v"),
+    ("i", "j"),
+    ("row", "col"),
+    ("tail", "head"),
+)
+"""How the two ends of an edge are called, the first that a table has both of."""
+_OTHER_NAMES = {
+    "weight": ("w", "weights", "wt", "edge_weight"),
+    "node": ("node_id", "nodeid", "id", "name", "label", "vertex"),
+}
+_MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "-nan", "null", "none"))
+_WHOLE = re.compile(r"(0|-?[1-9]\d*)(\.0*)?")
+_SHOWN = 5
+
+
+class Column(NamedTuple):
+    """One column of a table, by what it means."""
+
+    sheet: Sheet
+    name: str  # in the file
+    cells: Cells
+
+    def fail(self, row: int, problem: str) -> NoReturn:
+        """Raise the error for a cell."""
+        self.sheet.fail(row, self.name, problem)
+
+    def shown(self, row: int) -> str:
+        """A cell as the file has it, as nearly as it was kept."""
+        cell = self.cells[row]
+        return f"{cell:.15g}" if isinstance(cell, float) else str(cell)
+
+
+class Meaning(NamedTuple):
+    """The columns of a table by role, and how many rows they have."""
+
+    sheet: Sheet
+    columns: Mapping[str, Column]
+    notes: list[str]
+
+    def numbers(self, role: str, default: float) -> np.ndarray:
+        """A column as float64 [rows], `default` where it is absent or a cell is missing."""
+        column = self.columns.get(role)
+        if column is None:
+            return np.full(self.sheet.num_rows, default)
+        values, missing = numbers(column)
+        _check_range(column, values, missing, LOWEST_CELL.get(role))
+        if role == "weight" and (count := int(missing.sum())):
+            self.notes.append(
+                f"{self.sheet.path.name}: {count} of {missing.size} cells of column "
+                f"{column.name!r} hold no value and mean the default, {default:g}"
+            )
+        values[missing] = default
+        return values
+
+
+def edge_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
+    """The roles source, target, family, weight and the families' parameters.
+
+    Args:
+      sheet: an edge table.
+      named: the file's names for roles, as the caller gives them; None where it does not.
+
+    Raises:
+      FileFormatError: no column for an end, one that appears twice or looks misspelled, no rows.
+    """
+    roles = ("source", "target", "weight", "family", *known_parameters())
+    if not sheet.header and 2 <= len(sheet.cells) <= 3:
+        header = roles[: len(sheet.cells)]
+        sheet = sheet._replace(header=header)
+        note = f"{sheet.path.name} has no header: its columns are read as {', '.join(header)}"
+        sheet = sheet._replace(notes=(*sheet.notes, note))
+    return _meaning(sheet, roles, ("source", "target"), named)
+
+
+def node_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
+    """The roles node, a, b, target and start, as `edge_meaning`."""
+    own = {"node": named.get("node")}
+    return _meaning(sheet, ("node", *LANDAU, "start"), ("node",), own)
+
+
+def _meaning(
+    sheet: Sheet, roles: Sequence[str], required: Sequence[str], named: Mapping[str, str | None]
+) -> Meaning:
+    if not sheet.header and sheet.cells:
+        first = ", ".join(str(cells[0]) for cells in sheet.cells)
+        problem = f"the file has no header: its first line is {first}"
+        raise FileFormatError(sheet.path, sheet.header_line, None, problem)
+    plain = [_plain(name) for name in sheet.header]
+    found = _found(sheet, plain, roles, named)
+    for role in required:
+        if role not in found:
+            _fail_missing(sheet, role)
+    rest = [c for c in range(len(sheet.header)) if c not in found.values()]
+    _refuse_misspelled(sheet, rest, [role for role in roles if role not in found])
+    if not sheet.num_rows:
+        raise FileFormatError(sheet.path, None, None, "the file is empty: it holds no rows")
+    columns = {role: Column(sheet, sheet.header[c], sheet.cells[c]) for role, c in found.items()}
+    notes = [
+        note if sheet.path.name in note else f"{sheet.path.name}, {note}" for note in sheet.notes
+    ]
+    return Meaning(sheet, columns, notes + _ignored(sheet, rest))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s\-]+", "_", name.strip().casefold())
+
+
+def _found(
+    sheet: Sheet, plain: Sequence[str], roles: Sequence[str], named: Mapping[str, str | None]
+) -> dict[str, int]:
+    """Position of the column for every role that has one."""
+    found: dict[str, int] = {}
+    for role, name in named.items():
+        if name is not None and role in roles:
+            found[role] = _position(sheet, [h.strip() for h in sheet.header], name.strip())
+            if found[role] < 0:
+                _fail_missing(sheet, name)
+    pairs = [pair for pair in _ENDS if all(end in plain for end in pair)]
+    ends = dict(zip(("source", "target"), pairs[0], strict=True)) if pairs else {}
+    for role in roles:
+        if role in found:
+            continue
+        others = _OTHER_NAMES.get(role, ())
+        if role in ("source", "target") and "source" in roles:
+            others = (ends[role],) if role in ends else ()
+        for name in (role, *others):
+            position = _position(sheet, plain, name)
+            if position >= 0 and position not in found.values():
+                found[role] = position
+                break
+    return found
+
+
+def _position(sheet: Sheet, names: Sequence[str], name: str) -> int:
+    if names.count(name) > 1:
+        raise FileFormatError(sheet.path, sheet.header_line, name, "the column appears twice")
+    return names.index(name) if name in names else -1
+
+
+def _fail_missing(sheet: Sheet, name: str) -> NoReturn:
+    there = ", ".join(repr(h) for h in sheet.header) or "none"
+    how = f", separated by {shown_separator(sheet.separator)}" if sheet.separator else ""
+    roles = ("source", "target", "node")
+    flag = f"; name the column that it is with --{name}" if name in roles else ""
+    problem = f"the column is missing: there are {there}{how}{flag}"
+    raise FileFormatError(sheet.path, sheet.header_line, name, problem)
+
+
+def _refuse_misspelled(sheet: Sheet, rest: Sequence[int], absent: Sequence[str]) -> None:
+    for c in rest:
+        for role in absent:
+            if len(role) > 3 and _one_slip(_plain(sheet.header[c]), role):
+                raise FileFormatError(
+                    sheet.path,
+                    sheet.header_line,
+                    sheet.header[c],
+                    f"the column is unknown: if it is meant to be {role!r}, rename it",
+                )
+
+
+def _one_slip(name: str, role: str) -> bool:
+    """Whether one letter is missing, too many, or two neighbours have changed places."""
+    short, long = sorted((name, role), key=len)
+    if len(long) == len(short) + 1:
+        return any(long[:k] + long[k + 1 :] == short for k in range(len(long)))
+    swaps = (name[:k] + name[k + 1] + name[k] + name[k + 2 :] for k in range(len(name) - 1))
+    return len(long) == len(short) and name != role and role in swaps
+
+
+def _ignored(sheet: Sheet, rest: Sequence[int]) -> list[str]:
+    named = [repr(sheet.header[c]) for c in rest if sheet.header[c].strip()]
+    # a separator at the end of every line makes a column of nothing
+    bare = [
+        str(c + 1) for c in rest if not sheet.header[c].strip() and not _is_blank(sheet.cells[c])
+    ]
+    parts = [f"column{'s' * (len(named) > 1)} {listed(named)}"] if named else []
+    parts += [f"column {' and '.join(bare)}, which has no name"] if bare else []
+    return [f"{sheet.path.name}: ignored {' and '.join(parts)}"] if parts else []
+
+
+def _is_blank(cells: Cells) -> bool:
+    return all(cell is None or cell != cell for cell in cells)
+
+
+def listed(names: Sequence[str], most: int = _SHOWN) -> str:
+    """The first few names, and how many more there are.
+
+    >>> listed(["a", "b", "c"], most=2)
+    'a, b and 1 more'
+    """
+    if len(names) <= most:
+        return ", ".join(names)
+    return f"{', '.join(names[:most])} and {len(names) - most} more"
+
+
+def numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
+    """Values of a column, float64 [rows], and where it has none, bool [rows].
+
+    No value is a blank cell, null, NaN, or text that spells one of these (NA, None, ...), in every
+    format alike. A comma may stand for the decimal point wherever it does not part the cells.
+
+    Raises:
+      FileFormatError: a cell that is not a number.
+    """
+    if isinstance(column.cells, np.ndarray):
+        values = column.cells.astype(np.float64)
+        return values, np.isnan(values)
+    comma = column.sheet.separator not in (None, ",")
+    values = np.empty(len(column.cells))
+    for k, cell in enumerate(column.cells):
+        try:
+            values[k] = float(np.nan if cell is None else cell)
+            if isinstance(cell, str) and "_" in cell:
+                # Python reads 1_000, which no file means
+                column.fail(k, f"{cell!r} is not a number")
+        except FileFormatError:
+            raise
+        except (ValueError, TypeError, OverflowError):
+            values[k] = _spelled(column, k, comma)
+    return values, np.isnan(values)
+
+
+def _spelled(column: Column, row: int, comma: bool) -> float:
+    cell = column.cells[row]
+    if isinstance(cell, str):
+        if cell.casefold() in _MISSING:
+            return float("nan")
+        if comma and re.fullmatch(r"[-+]?\d*,\d+([eE][-+]?\d+)?", cell):
+            # where a semicolon parts the cells a comma is decimal; elsewhere 1,234 may be either
+            if column.sheet.separator != ";" and re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", cell):
+                column.fail(row, f"{cell!r} may be a fraction or thousands: write a decimal point")
+            return float(cell.replace(",", "."))
+    column.fail(row, f"{cell!r} is not a number")
+
+
+def _check_range(
+    column: Column, values: np.ndarray, missing: np.ndarray, low: float | None
+) -> None:
+    # a cell is blamed with its own text, "1e999" rather than "inf"
+    for k in np.flatnonzero(~missing & ~np.isfinite(to_default_dtype(values)))[:1]:
+        column.fail(int(k), f"{column.shown(int(k))} must be finite")
+    if low is not None:
+        for k in np.flatnonzero(~missing & (values < low))[:1]:
+            column.fail(int(k), f"{column.shown(int(k))} must be at least {low:g}")
+
+
+Names = np.ndarray | list[str]
+"""Node ids: int64 where all of them are whole numbers, else text."""
+
+
+def node_names(column: Column) -> Names:
+    """Node ids of a column; 2.0 is 2, while 007 is a name.
+
+    Raises:
+      FileFormatError: a missing cell, a fraction, or a cell that is neither a number nor text.
+    """
+    cells = column.cells
+    if isinstance(cells, np.ndarray):
+        if cells.dtype.kind == "i":
+            return cells
+        for k in np.flatnonzero(~(np.isfinite(cells) & (cells == np.round(cells))))[:1]:
+            problem = "is neither an integer nor text: it cannot name a node"
+            empty = np.isnan(cells[k])
+            column.fail(int(k), _EMPTY if empty else f"{column.shown(int(k))} {problem}")
+        if not cells.size or np.abs(cells).max() < 2**53:
+            return cells.astype(np.int64)
+        return [f"{cell:.0f}" for cell in cells]
+    for k, cell in enumerate(cells if set(map(type, cells)) != {str} else ()):
+        if cell is None:
+            column.fail(k, _EMPTY)
+        if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+            column.fail(k, f"{cell!r} is neither an integer nor text: it cannot name a node")
+    names = list(map(str, cells))
+    whole = _whole(names)
+    if whole is None and all(map(_is_fraction, names)):
+        k = next(k for k, name in enumerate(names) if not _WHOLE.fullmatch(name))
+        column.fail(k, f"{names[k]} is neither an integer nor text: it cannot name a node")
+    return names if whole is None else whole
+
+
+_EMPTY = "the cell is empty: it must name a node"
+
+
+def _whole(names: Sequence[str]) -> np.ndarray | None:
+    values = np.empty(len(names), np.int64)
+    for k, name in enumerate(names):
+        match = _WHOLE.fullmatch(name)
+        # text may spell a number of any size
+        if match is None or len(match[1]) > 18:
+            return None
+        values[k] = int(match[1])
+    return values
+
+
+def _is_fraction(name: str) -> bool:
+    return re.fullmatch(r"-?(0|[1-9]\d*)\.\d+|0|-?[1-9]\d{0,17}", name) is not None
+
+
+def as_text(names: Names) -> list[str]:
+    """Node ids as text."""
+    texts: list[str] = names if isinstance(names, list) else names.astype(np.str_).tolist()
+    return texts
