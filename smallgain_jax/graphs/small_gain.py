@@ -16,12 +16,17 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, float_dtype
 from smallgain_jax._tree import select
-from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.weights import Rule, Snapshot, scaled, unspent
 from smallgain_jax.limits.closed_forms import measured_limit
 from smallgain_jax.search.armijo import Trial, armijo
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale
+from smallgain_jax.search.guard import (
+    cosine,
+    directional_curvature,
+    guard_scale,
+    trusted_curvature,
+)
 from smallgain_jax.spectral.rows import Activity
 
 Limit = float | jax.Array | Callable[[jax.Array], Any] | None
@@ -181,7 +186,7 @@ def reweighted(
     ) -> tuple[jax.Array, SmallGainState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        graph = own if graph is None or not _alike(graph, own) else graph
+        graph = own if graph is None or not alike(graph, own) else graph
         here = _look(graph, settings, updates, state, params, bounds)
         held, scores = _roll_back(here, state)
         # a decision, not a function to differentiate: sorting and shrinking have no useful slope
@@ -245,14 +250,6 @@ def reweighted(
         return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
-    """Whether they differ in numbers alone."""
-    ours: Any = jax.tree.structure(a)
-    same = ours == jax.tree.structure(b)
-    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-    return bool(same) and shapes(a) == shapes(b)
 
 
 def _initial_state(
@@ -386,7 +383,7 @@ def _propose(
         if settings.guard == "measured":
             measured = directional_curvature(partial(here.energy, weights), x, move)
             # negative or vanishing curvature promises nothing: fall back on the bound
-            bend = jnp.where(measured > 1e-3 * bend, measured, bend)
+            bend = trusted_curvature(measured, bend)
         factor = guard_scale(gradient, move, bend, settings.target)
     move = jnp.where(factor > 0, factor * move, 0)
     return _Proposal(
