@@ -154,7 +154,7 @@ class _Conjugate(NamedTuple):
     residual: jax.Array
     direction: jax.Array
     norm: jax.Array  # [] <r, M r>
-    count: jax.Array  # [] int32
+    steps: jax.Array  # [] int32
     sound: jax.Array  # [] bool, curvature along the last direction was positive
 
 
@@ -172,7 +172,7 @@ def _solved(
     limit = 10 * right.size + 100
 
     def going(c: _Conjugate) -> jax.Array:
-        return c.sound & (c.norm > eps**1.5 * norm) & (c.count < limit)
+        return c.sound & (c.norm > eps**1.5 * norm) & (c.steps < limit)
 
     def step(c: _Conjugate) -> _Conjugate:
         image = product(c.direction)
@@ -185,7 +185,7 @@ def _solved(
         new = jnp.vdot(residual, scaled)
         direction = scaled + (new / c.norm) * c.direction
         return _Conjugate(
-            c.solution + length * c.direction, residual, direction, new, c.count + 1, sound
+            c.solution + length * c.direction, residual, direction, new, c.steps + 1, sound
         )
 
     begin = _Conjugate(

@@ -25,6 +25,17 @@ from smallgain_jax.spectral.rows import Activity
 SMOOTHING = 0.05
 """How hinges count in the default metric: the sigmoid of gap/eps, which suits states in [0, 1]."""
 
+MEMORY = 0.9
+"""Share of the last step's rows below which rows do not fall: across a kink they would jump."""
+
+SETTLED = 3
+"""So many steps in a row inside the box after one that it clipped, and the direction restarts.
+
+A direction conjugate to one that was not followed spoils all that come after it: without a restart
+conjugate gradients converge no faster than steepest descent (Crowder and Wolfe 1972). To restart at
+every clipped step would be too often where nodes still go to their bounds.
+"""
+
 SUFFICIENT_ANGLE = 0.1
 """A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
 
@@ -63,10 +74,12 @@ class MajorizedDescentState(NamedTuple):
     value: jax.Array  # [] objective at the parameters, for optax.value_and_grad_from_state
     grad: jax.Array  # [n] its gradient there, on held nodes too
     magnitude: jax.Array  # [] sum of the absolute values of the terms there
-    rows: jax.Array  # [n] D there, by which the next step divides
+    rows: jax.Array  # [n] D there
+    prices: jax.Array  # [n] what the last step divided by: D, with a memory
     descent_gradient: jax.Array  # [n] gradient on the free nodes, one step ago
     scaled_norm: jax.Array  # [] <g, z> one step ago; 0 asks for a restart
     direction: jax.Array  # [n]
+    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED + 1
     stalled: jax.Array  # [] bool, the next step would stay here as well
     info: DescentInfo
 
@@ -163,10 +176,12 @@ def majorized_descent(
             value = graph.energy(x) if value is None else jnp.asarray(value, x.dtype)
             evaluation = Evaluation(value, updates.astype(x.dtype), jnp.abs(value))
         box = own_box if bounds is None else Box(*bounds)
-        here = _Here(graph, x, *evaluation, state.rows, box)
+        # rows that have never misled a step need none
+        memory = jnp.where(state.info.total_backtracks > 0, MEMORY, 0.0)
+        rows = jnp.maximum(state.rows, memory.astype(x.dtype) * state.prices)
+        here = _Here(graph, x, *evaluation, rows, box)
         step, new_state = _step(here, state, metric, max_backtracks)
-        rows = graph.rows(x + step, smoothing)
-        new_state = new_state._replace(rows=rows)
+        new_state = new_state._replace(rows=graph.rows(x + step, smoothing))
         return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -205,9 +220,11 @@ def _zero_state(params: Any) -> MajorizedDescentState:
         grad=like(),
         magnitude=scalar(),
         rows=like(),
+        prices=like(),
         descent_gradient=like(),
         scaled_norm=scalar(),
         direction=like(),
+        unclipped=jnp.full((), SETTLED + 1, jnp.int32),
         stalled=jnp.zeros((), bool),
         info=info,
     )
@@ -226,6 +243,8 @@ def _step(
     moved, reached = search.trial.aux
     accepted = search.accepted
     step = jnp.where(accepted, moved, 0)
+    end = here.x + search.step * length * direction
+    clipped = jnp.any(here.box.project(end) != end)
     # the same step would be tried again, or x cannot hold so small a one
     rounding = jnp.finfo(step.dtype).eps * jnp.abs(here.x)
     stalled = jnp.where(accepted, jnp.all(jnp.abs(step) <= rounding), restarted)
@@ -242,10 +261,12 @@ def _step(
         value=jnp.where(accepted, reached.value, here.value),
         grad=jnp.where(accepted, reached.gradient, here.gradient),
         magnitude=jnp.where(accepted, reached.magnitude, here.magnitude),
-        rows=here.rows,
+        rows=state.rows,
+        prices=here.rows,
         descent_gradient=free,
         scaled_norm=jnp.where(accepted, jnp.vdot(scaled, free), 0),
         direction=direction,
+        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
         stalled=stalled,
         info=info,
     )
@@ -279,7 +300,7 @@ def _direction(
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
     steepest = jnp.vdot(scaled, gradient)
-    known = state.scaled_norm > 0
+    known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
     change = jnp.vdot(scaled, gradient - state.descent_gradient)
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled

@@ -133,7 +133,7 @@ def unrolled(run: Run, first: Iterate, steps: int) -> Path:
         iterate = jax.lax.cond(over, lambda it: it, partial(_advance, run), iterate)
         return iterate, (iterate.here.value, run.record(iterate.state))
 
-    @partial(jax.checkpoint, prevent_cse=False)  # type: ignore[untyped-decorator]
+    @partial(jax.checkpoint, prevent_cse=False)
     def segment(iterate: Iterate, _: None) -> tuple[Iterate, Any]:
         return jax.lax.scan(step, iterate, length=length)
 
@@ -216,9 +216,12 @@ def _judged(run: Run, it: Iterate) -> Iterate:
         rows = jax.lax.stop_gradient(it.state.rows.astype(x.dtype))
         stalled = it.state.stalled
     else:
-        # the rows of the start until by them it has converged: new ones cost as much as a step
-        fresh = lambda: graph.rows(x, SMOOTHING).astype(x.dtype)  # noqa: E731
-        rows = jax.lax.cond(measure(it.rows) <= run.tol, fresh, lambda: it.rows)
+        # new rows cost as much as a step: those known serve until it has converged by them
+        rows = jax.lax.cond(
+            measure(it.rows) <= run.tol,
+            lambda: graph.rows(x, SMOOTHING).astype(x.dtype),
+            lambda: it.rows,
+        )
         stalled = jnp.zeros((), bool)
     reached = measure(rows)
     finite = jnp.isfinite(it.here.value) & jnp.all(jnp.isfinite(gradient))

@@ -163,7 +163,8 @@ def _check(
         raise ValueError(f"tol = {tol} must be at least 0")
     if adjoint not in ADJOINTS:
         raise ValueError(f"adjoint = {adjoint!r} is unknown: choose from {', '.join(ADJOINTS)}")
-    if metric != "rows" if isinstance(metric, str) else not hasattr(metric, "precondition"):
+    known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")
+    if not known:
         raise ValueError(
             f"metric = {metric!r} is unknown: 'rows', or an object with a method precondition"
         )
@@ -201,7 +202,7 @@ def _compiled(
     problem = _Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
     # in here: tracing the energy at every call would cost more than many a relaxation
     dtype = jax.eval_shape(problem.graph.energy, problem.x0).dtype
-    box = problem.box and Box(*(end.astype(dtype) for end in problem.box))
+    box = None if problem.box is None else Box(*(end.astype(dtype) for end in problem.box))
     problem = problem._replace(x0=problem.x0.astype(dtype), box=box)
     tol = jax.lax.stop_gradient(
         jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)

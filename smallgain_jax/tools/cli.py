@@ -68,7 +68,7 @@ class Relax(Settings, frozen=True, kw_only=True):
         starts in the middle of the box.
       method: "default" is majorized descent, the library's best.
       steps: number of updates at most.
-      tol: stop once no coordinate of a projected gradient step of size one moves by more.
+      tol: stop once the step that the Hessian's rows favour is this share of the box, or less.
       lower: lower bound of every coordinate; -inf for none.
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on
