@@ -240,7 +240,8 @@ def test_weakly_anchored_grid():
 
     def outcome(weight):
         moved = eqx.tree_at(lambda g: g.edges[0].weight, graph, weight)
-        return jnp.vdot(cotangent, sg.relax(moved, x0, steps=1000).x)
+        # with a condition number of 8e3, the default tolerance leaves 3e-7 of the derivative
+        return jnp.vdot(cotangent, sg.relax(moved, x0, steps=1000, tol=1e-13).x)
 
     weight, edge = graph.edges[0].weight, graph.edges[0]
     found = jax.jit(jax.grad(outcome))(weight)

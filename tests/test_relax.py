@@ -221,7 +221,7 @@ BAD = [
     (dict(bounds=(np.zeros(3), 1.0)), "bounds: lower has shape"),
     (dict(bounds=(np.nan, 1.0)), "bounds: lower must not be NaN"),
     (dict(bounds=1.0), "bounds must be a pair"),
-    (dict(tol=-1.0), "tol = -1.0"),
+    (dict(tol=np.nan), "tol = nan"),
     (dict(adjoint="magic"), "adjoint = 'magic'"),
     (dict(metric="magic"), "metric = 'magic'"),
     (dict(optimizer=optax.adam), r"optimizer must be .*call the factory"),

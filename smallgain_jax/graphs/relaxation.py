@@ -159,8 +159,8 @@ def _check(
         )
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
-    if tol is not None and is_concrete(tol) and not np.all(np.asarray(tol) >= 0):
-        raise ValueError(f"tol = {tol} must be at least 0")
+    if tol is not None and is_concrete(tol) and np.isnan(np.asarray(tol, float)).any():
+        raise ValueError(f"tol = {tol} must be a number: 0 goes on until nothing descends")
     if adjoint not in ADJOINTS:
         raise ValueError(f"adjoint = {adjoint!r} is unknown: choose from {', '.join(ADJOINTS)}")
     known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")

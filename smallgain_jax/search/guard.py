@@ -59,8 +59,8 @@ def trusted_curvature(measured: jax.Array, majorized: jax.Array) -> jax.Array:
     are noise, or negative. Nothing else is a reason to distrust a small one: the smooth directions
     of a large graph are as much softer than its rows as its condition number says.
 
-    >>> trusted_curvature(jnp.array(1e-3), jnp.array(4.0)).round(4).item()
-    0.001
+    >>> trusted_curvature(jnp.array(2**-10), jnp.array(4.0)).item()
+    0.0009765625
     >>> trusted_curvature(jnp.array(-1.0), jnp.array(4.0)).item()
     4.0
     """
