@@ -57,6 +57,7 @@ from smallgain_jax.networks.kappa import KappaInfo as KappaInfo
 from smallgain_jax.networks.kappa import KappaState as KappaState
 from smallgain_jax.networks.kappa import kappa_budget as kappa_budget
 from smallgain_jax.networks.layers import Layer as Layer
+from smallgain_jax.search.stopping import RelaxStatus as RelaxStatus
 from smallgain_jax.spectral.rows import AlwaysActive as AlwaysActive
 from smallgain_jax.spectral.rows import Curvature as Curvature
 from smallgain_jax.spectral.rows import Ramp as Ramp
@@ -129,6 +130,7 @@ __all__ = [
     "Ramp",
     "RelaxInfo",
     "RelaxResult",
+    "RelaxStatus",
     "Sigmoid",
     "SmallGainInfo",
     "SmallGainState",

@@ -129,13 +129,13 @@ def test_rows_without_curvature_reach_the_wall():
 
 
 @pytest.mark.x64
-def test_gradient_through_relaxation():
+def test_gradient_through_the_steps():
     scenario = random_graph("uniform", 30, seed=1)
 
     @jax.jit
     def outcome(weight, x0):
         graph = eqx.tree_at(lambda g: g.edges[0].weight, scenario.graph, weight)
-        return jnp.sum(sg.relax(graph, x0, steps=12).x ** 2)
+        return jnp.sum(sg.relax(graph, x0, steps=12, adjoint="unrolled").x ** 2)
 
     arguments = (scenario.graph.edges[0].weight, scenario.x0)
     check_grads(outcome, arguments, order=1, modes=["rev"], atol=1e-5, rtol=1e-5)
@@ -219,6 +219,13 @@ BAD = [
     (dict(steps=-1), "steps"),
     (dict(bounds=(1.0, 0.0)), "bounds"),
     (dict(bounds=(np.zeros(3), 1.0)), "bounds: lower has shape"),
+    (dict(bounds=(np.nan, 1.0)), "bounds: lower must not be NaN"),
+    (dict(bounds=1.0), "bounds must be a pair"),
+    (dict(tol=np.nan), "tol = nan"),
+    (dict(adjoint="magic"), "adjoint = 'magic'"),
+    (dict(metric="magic"), "metric = 'magic'"),
+    (dict(optimizer=optax.adam), r"optimizer must be .*call the factory"),
+    (dict(graph=[0.1, 0.2], x0=scenarios.baseline().graph), "graph must be an EnergyGraph"),
 ]
 
 
@@ -226,5 +233,5 @@ BAD = [
 @pytest.mark.parametrize(("change", "message"), BAD, ids=range(len(BAD)))
 def test_mistakes_are_named(change, message):
     good = dict(graph=scenarios.baseline().graph, x0=[0.1, 0.2], steps=1)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         sg.relax(**good | change)

@@ -7,28 +7,60 @@ accelerate it (Polak and Ribière 1969, with restart; preconditioned as in Noced
 direction, $\alpha = -\langle g, p\rangle / p^\top H p$: two forward passes, no Hessian.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
-from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.graph import EnergyGraph, Evaluation, alike
 from smallgain_jax.search.armijo import Search, Trial, armijo
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.guard import directional_curvature
+from smallgain_jax.search.guard import directional_curvature, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
 
+SMOOTHING = 0.05
+"""How hinges count in the default metric: the sigmoid of gap/eps, which suits states in [0, 1]."""
+
+MEMORY = 0.9
+"""Share of the last step's rows below which rows do not fall: across a kink they would jump."""
+
+SETTLED = 3
+"""So many steps in a row inside the box after one that it clipped, and the direction restarts.
+
+A direction conjugate to one that was not followed spoils all that come after it: without a restart
+conjugate gradients converge no faster than steepest descent (Crowder and Wolfe 1972). To restart at
+every clipped step would be too often where nodes still go to their bounds.
+"""
+
 SUFFICIENT_ANGLE = 0.1
-"""A direction must keep this share of the steepest one's slope, in D's metric, or it restarts."""
+"""A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
+
+
+class Metric(Protocol):
+    """What conditions a gradient better than the rows alone, such as a hierarchy of aggregates."""
+
+    def precondition(
+        self, graph: EnergyGraph, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Callable[[jax.Array], jax.Array]:
+        """A linear map g -> z, symmetric and positive definite on the free coordinates.
+
+        Args:
+          graph: the energy.
+          x: state [n] or [n, d].
+          rows: positive diagonal D that prices each coordinate, shaped like x.
+          free: bool like x, False on coordinates held at a bound; g is 0 there, z is ignored.
+        """
 
 
 class DescentInfo(NamedTuple):
     """What a reader of one step may want to know."""
 
     accepted: jax.Array  # [] bool
-    restarted: jax.Array  # [] bool, the direction was steepest descent in D's metric
+    restarted: jax.Array  # [] bool, the direction was steepest descent in the metric
     step_size: jax.Array  # [] length taken along the direction
     last_step_backtracks: jax.Array  # [] int32
     total_backtracks: jax.Array  # [] int32
@@ -40,28 +72,56 @@ class MajorizedDescentState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # [] int32, updates so far
     value: jax.Array  # [] objective at the parameters, for optax.value_and_grad_from_state
-    grad: jax.Array  # [n] its gradient there
+    grad: jax.Array  # [n] its gradient there, on held nodes too
+    magnitude: jax.Array  # [] sum of the absolute values of the terms there
+    rows: jax.Array  # [n] D there
+    prices: jax.Array  # [n] what the last step divided by: D, with a memory
     descent_gradient: jax.Array  # [n] gradient on the free nodes, one step ago
-    scaled_norm: jax.Array  # [] <g, D^-1 g> one step ago; 0 asks for a restart
+    scaled_norm: jax.Array  # [] <g, z> one step ago; 0 asks for a restart
     direction: jax.Array  # [n]
+    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED + 1
+    stalled: jax.Array  # [] bool, the next step would stay here as well
     info: DescentInfo
+
+
+class _Here(NamedTuple):
+    """The objective around the parameters."""
+
+    graph: EnergyGraph
+    x: jax.Array
+    value: jax.Array  # []
+    gradient: jax.Array  # like x, on held nodes too
+    magnitude: jax.Array  # []
+    rows: jax.Array  # like x
+    box: Box
+
+    @property
+    def held(self) -> jax.Array:
+        return self.box.blocks(self.x, -self.gradient)
+
+    @property
+    def free_gradient(self) -> jax.Array:
+        return jnp.where(self.held, 0, self.gradient)
 
 
 def majorized_descent(
     graph: EnergyGraph,
     *,
-    smoothing: Activity | float | None = 0.05,
+    smoothing: Activity | float | None = SMOOTHING,
     bounds: tuple[Any, Any] | None = None,
     max_backtracks: int = 30,
+    metric: Metric | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conjugate, majorized descent on a graph's reference energy, as an optax transformation.
 
-    One step: $z = D^{-1} g$ on the free nodes; $p = -z + \beta p$ with
+    One step: $z = D^{-1} g$ on the free nodes, or what another `metric` makes of g;
+    $p = -z + \beta p$ with
     $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where
     $p$ is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection
-    onto the box and t = 1, halved until Armijo's condition holds. An accepted step never increases
-    the energy; a failed search leaves the state where it was. No guarantee rests on the smoothing:
-    it only chooses the metric.
+    onto the box and t = 1, halved until Armijo's condition holds, or, where energies differ by no
+    more than their rounding, the same condition on slopes (`search.armijo`). To that rounding, an
+    accepted step never increases the energy; a failed search leaves the state where it was. No
+    guarantee rests on the smoothing or the metric: they only choose directions.
 
     Args:
       graph: the energy to minimize.
@@ -69,10 +129,13 @@ def majorized_descent(
         0.05 suits states in [0, 1]), an activity, or None for always active.
       bounds: (lower, upper), scalars or shaped like x; None for no box. `relax` passes its own.
       max_backtracks: halvings before a search counts as failed.
+      metric: an object with `precondition(graph, x, rows, free) -> (g -> z)`, symmetric and
+        positive definite on the free nodes; None divides by the rows.
 
     Returns:
       An optax transformation whose `update` needs `params`; give it `value` to save an evaluation,
-      or use `optax.value_and_grad_from_state`, as `relax` does.
+      or use `optax.value_and_grad_from_state`. A graph given to `update` as `graph`, alike in all
+      but its numbers, takes the place of this one.
 
     Raises:
       ValueError: `update` without params.
@@ -84,39 +147,14 @@ def majorized_descent(
     >>> graph.energy(optax.apply_updates(x, updates)).round(6).item()
     0.0
     """
-    own_box = None if bounds is None else Box(*bounds)
+    own, own_box = graph, Box(*bounds) if bounds is not None else Box(-jnp.inf, jnp.inf)
 
     def init(params: jax.Array) -> MajorizedDescentState:
-        dtype = float_dtype(params)
-
-        # every field its own buffer: a donated state may not alias itself
-        def like() -> jax.Array:
-            return jnp.zeros(params.shape, dtype)
-
-        def scalar(fill: float = 0.0) -> jax.Array:
-            return jnp.full((), fill, dtype)
-
-        def counter() -> jax.Array:
-            return jnp.zeros((), jnp.int32)
-
-        info = DescentInfo(
-            accepted=jnp.ones((), bool),
-            restarted=jnp.ones((), bool),
-            step_size=scalar(),
-            last_step_backtracks=counter(),
-            total_backtracks=counter(),
-            lipschitz=scalar(),
-        )
-        # an infinite value tells value_and_grad_from_state that nothing is stored yet
-        return MajorizedDescentState(
-            count=counter(),
-            value=scalar(jnp.inf),
-            grad=like(),
-            descent_gradient=like(),
-            scaled_norm=scalar(),
-            direction=like(),
-            info=info,
-        )
+        state = _zero_state(params)
+        if isinstance(params, jax.ShapeDtypeStruct):
+            return state
+        # compiled: the first rows of a run on the host would otherwise go operation by operation
+        return state._replace(rows=_rows(own, jnp.asarray(params, state.grad.dtype), smoothing))
 
     def update(
         updates: jax.Array,
@@ -125,105 +163,172 @@ def majorized_descent(
         *,
         value: jax.Array | None = None,
         bounds: tuple[Any, Any] | None = None,
+        graph: EnergyGraph | None = None,
+        evaluation: Evaluation | None = None,
         **extra_args: Any,
     ) -> tuple[jax.Array, MajorizedDescentState]:
         del extra_args
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        box = Box(*bounds) if bounds is not None else own_box or Box(-jnp.inf, jnp.inf)
-        dtype = state.grad.dtype
-        x, gradient = params.astype(dtype), updates.astype(dtype)
-        value = graph.energy(x) if value is None else jnp.asarray(value, dtype)
-
-        rows = graph.curvature(x, smoothing=smoothing).row_sums
-        free = jnp.where(box.blocks(x, -gradient), 0, gradient)
-        metric = _metric(rows, free, box)
-        scaled = free / metric
-        direction, restarted = _direction(state, x, free, scaled, box)
-        length = _length(graph, x, free, direction, rows, metric)
-        search = _search(graph, box, x, gradient, direction * length, value, max_backtracks)
-
-        moved, new_gradient = search.trial.aux
-        accepted = search.accepted
-        step = jnp.where(accepted, moved, 0)
-        info = DescentInfo(
-            accepted,
-            restarted,
-            jnp.where(accepted, search.step * length, 0),
-            search.backtracks,
-            state.info.total_backtracks + search.backtracks,
-            jnp.max(rows, initial=0.0),
-        )
-        new_state = MajorizedDescentState(
-            optax.safe_increment(state.count),
-            jnp.where(accepted, search.trial.value, value),
-            jnp.where(accepted, new_gradient, gradient),
-            free,
-            jnp.where(accepted, optax.tree.vdot(scaled, free), 0),
-            direction,
-            info,
-        )
+        graph = own if graph is None or not alike(graph, own) else graph
+        x = params.astype(state.grad.dtype)
+        if evaluation is None:
+            value = graph.energy(x) if value is None else jnp.asarray(value, x.dtype)
+            evaluation = Evaluation(value, updates.astype(x.dtype), jnp.abs(value))
+        box = own_box if bounds is None else Box(*bounds)
+        # rows that have never misled a step need none
+        memory = jnp.where(state.info.total_backtracks > 0, MEMORY, 0.0)
+        rows = jnp.maximum(state.rows, memory.astype(x.dtype) * state.prices)
+        here = _Here(graph, x, *evaluation, rows, box)
+        step, new_state = _step(here, state, metric, max_backtracks)
+        new_state = new_state._replace(rows=graph.rows(x + step, smoothing))
         return step.astype(updates.dtype), cast_like(new_state, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _metric(rows: jax.Array, gradient: jax.Array, box: Box) -> jax.Array:
+@eqx.filter_jit
+def _rows(graph: EnergyGraph, x: jax.Array, smoothing: Activity | float | None) -> jax.Array:
+    return graph.rows(x, smoothing)
+
+
+def _zero_state(params: Any) -> MajorizedDescentState:
+    dtype = float_dtype(params)
+
+    # every field its own buffer: a donated state may not alias itself
+    def like() -> jax.Array:
+        return jnp.zeros(params.shape, dtype)
+
+    def scalar(fill: float = 0.0) -> jax.Array:
+        return jnp.full((), fill, dtype)
+
+    def counter() -> jax.Array:
+        return jnp.zeros((), jnp.int32)
+
+    info = DescentInfo(
+        accepted=jnp.ones((), bool),
+        restarted=jnp.ones((), bool),
+        step_size=scalar(),
+        last_step_backtracks=counter(),
+        total_backtracks=counter(),
+        lipschitz=scalar(),
+    )
+    # an infinite value tells value_and_grad_from_state that nothing is stored yet
+    return MajorizedDescentState(
+        count=counter(),
+        value=scalar(jnp.inf),
+        grad=like(),
+        magnitude=scalar(),
+        rows=like(),
+        prices=like(),
+        descent_gradient=like(),
+        scaled_norm=scalar(),
+        direction=like(),
+        unclipped=jnp.full((), SETTLED + 1, jnp.int32),
+        stalled=jnp.zeros((), bool),
+        info=info,
+    )
+
+
+def _step(
+    here: _Here, state: MajorizedDescentState, metric: Metric | None, max_backtracks: int
+) -> tuple[jax.Array, MajorizedDescentState]:
+    free = here.free_gradient
+    prices = _prices(here, free)
+    scaled = _scaled(here, free, prices, metric)
+    direction, restarted = _direction(here, state, free, scaled)
+    length = _length(here, free, direction, prices)
+    search = _search(here, direction * length, max_backtracks)
+
+    moved, reached = search.trial.aux
+    accepted = search.accepted
+    step = jnp.where(accepted, moved, 0)
+    end = here.x + search.step * length * direction
+    clipped = jnp.any(here.box.project(end) != end)
+    # the same step would be tried again, or x cannot hold so small a one
+    rounding = jnp.finfo(step.dtype).eps * jnp.abs(here.x)
+    stalled = jnp.where(accepted, jnp.all(jnp.abs(step) <= rounding), restarted)
+    info = DescentInfo(
+        accepted,
+        restarted,
+        jnp.where(accepted, search.step * length, 0),
+        search.backtracks,
+        state.info.total_backtracks + search.backtracks,
+        jnp.max(here.rows, initial=0.0),
+    )
+    new_state = MajorizedDescentState(
+        count=optax.safe_increment(state.count),
+        value=jnp.where(accepted, reached.value, here.value),
+        grad=jnp.where(accepted, reached.gradient, here.gradient),
+        magnitude=jnp.where(accepted, reached.magnitude, here.magnitude),
+        rows=state.rows,
+        prices=here.rows,
+        descent_gradient=free,
+        scaled_norm=jnp.where(accepted, jnp.vdot(scaled, free), 0),
+        direction=direction,
+        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
+        stalled=stalled,
+        info=info,
+    )
+    return step, new_state
+
+
+def _prices(here: _Here, gradient: jax.Array) -> jax.Array:
     """D, kept away from zero: no row asks for more than the width of the box."""
-    floor = jnp.finfo(rows.dtype).eps * jnp.max(rows, initial=0.0)
+    rows, box = here.rows, here.box
     width = jnp.asarray(box.upper, rows.dtype) - jnp.asarray(box.lower, rows.dtype)
     reach = jnp.abs(gradient) / jnp.where(width > 0, width, 1)
-    metric = jnp.maximum(jnp.maximum(rows, reach), floor)
-    return jnp.where(metric > 0, metric, 1)
+    # only what has no curvature at all is measured by the others'
+    floor = jnp.where(rows > 0, 0, jnp.finfo(rows.dtype).eps * jnp.max(rows, initial=0.0))
+    prices = jnp.maximum(jnp.maximum(rows, reach), floor)
+    return jnp.where(prices > 0, prices, 1)
+
+
+def _scaled(here: _Here, free: jax.Array, prices: jax.Array, metric: Metric | None) -> jax.Array:
+    """z: the gradient on the free nodes as the metric sees it."""
+    divided = free / prices
+    if metric is None:
+        return divided
+    apply = metric.precondition(here.graph, here.x, prices, ~here.held)
+    scaled = jnp.where(here.held, 0, apply(free))
+    # where curvature is negative a metric built from it need not descend
+    return jnp.where(jnp.vdot(scaled, free) > 0, scaled, divided)
 
 
 def _direction(
-    state: MajorizedDescentState, x: jax.Array, gradient: jax.Array, scaled: jax.Array, box: Box
+    here: _Here, state: MajorizedDescentState, gradient: jax.Array, scaled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
     steepest = jnp.vdot(scaled, gradient)
-    known = state.scaled_norm > 0
+    known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
     change = jnp.vdot(scaled, gradient - state.descent_gradient)
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled
-    direction = jnp.where(box.blocks(x, direction), 0, direction)
+    direction = jnp.where(here.box.blocks(here.x, direction), 0, direction)
     descends = jnp.vdot(direction, gradient) <= -SUFFICIENT_ANGLE * steepest
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
-def _length(
-    graph: EnergyGraph,
-    x: jax.Array,
-    gradient: jax.Array,
-    direction: jax.Array,
-    rows: jax.Array,
-    metric: jax.Array,
-) -> jax.Array:
+def _length(here: _Here, gradient: jax.Array, direction: jax.Array, prices: jax.Array) -> jax.Array:
     """Minimizer of the quadratic model along the direction."""
-
-    measured = directional_curvature(graph.energy, x, direction)
+    measured = directional_curvature(here.graph.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
-    measured += jnp.vdot((metric - rows) * direction, direction)
-    majorized = jnp.vdot(metric * direction, direction)
-    curvature = jnp.where(measured > 1e-3 * majorized, measured, majorized)
+    measured += jnp.vdot((prices - here.rows) * direction, direction)
+    majorized = jnp.vdot(prices * direction, direction)
+    curvature = trusted_curvature(measured, majorized)
     return -jnp.vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
 
 
-def _search(
-    graph: EnergyGraph,
-    box: Box,
-    x: jax.Array,
-    gradient: jax.Array,
-    move: jax.Array,
-    value: jax.Array,
-    max_backtracks: int,
-) -> Search:
+def _search(here: _Here, move: jax.Array, max_backtracks: int) -> Search:
     def trial(step: jax.Array) -> Trial:
-        candidate = box.project(x + step * move)
-        new_value, new_gradient = graph.value_and_gradient(candidate)
-        finite = jnp.all(jnp.isfinite(new_gradient))
-        new_value = jnp.where(finite, new_value, jnp.inf)
-        moved = candidate - x
-        return Trial(new_value, jnp.vdot(gradient, moved), (moved, new_gradient))
+        candidate = here.box.project(here.x + step * move)
+        reached = here.graph.evaluate(candidate)
+        finite = jnp.all(jnp.isfinite(reached.gradient))
+        reached = reached._replace(value=jnp.where(finite, reached.value, jnp.inf))
+        moved = candidate - here.x
+        slope, end_slope = (jnp.vdot(g, moved) for g in (here.gradient, reached.gradient))
+        return Trial(reached.value, slope, (moved, reached), end_slope)
 
-    return armijo(trial, value, max_backtracks=max_backtracks)
+    eps = jnp.finfo(here.value.dtype).eps
+    resolution = eps * jnp.maximum(here.magnitude, jnp.abs(here.value))
+    return armijo(trial, here.value, max_backtracks=max_backtracks, resolution=resolution)

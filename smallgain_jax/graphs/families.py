@@ -279,17 +279,25 @@ class PairTerm(EdgeFamily):
       i, j: ends of each edge, int [E].
       weight: float [E] or scalar, non-negative.
       params: pytree of arrays with a leading axis E; `p` above is one edge's slice.
+      gap: for energies with a kink in their slope, `gap(x_i, x_j)` or `gap(x_i, x_j, p)`, a scalar:
+        the energy is `fn` where the gap is positive, and 0 elsewhere. It is priced by its activity,
+        as the hinges are. Without it, curvature that jumps is seen only where x is.
 
     Raises:
-      TypeError: `fn` is not callable.
+      TypeError: `fn` or `gap` is not callable.
       ValueError: as for every family; or a leaf of `params` without the leading axis E.
 
     >>> term = PairTerm(lambda a, b: jnp.cosh(a - b) - 1, i=[0], j=[1], weight=2.0)
     >>> term.num_edges
     1
+    >>> ahead = lambda a, b: 1 - (a - b)
+    >>> margin = PairTerm(lambda a, b: ahead(a, b) ** 2, [0], [1], gap=ahead)
+    >>> margin.pair_energy(jnp.array(3.0), jnp.array(0.0)).item()
+    0.0
     """
 
     fn: Callable[..., jax.Array] = eqx.field(static=True)
+    hinge: Callable[..., jax.Array] | None = eqx.field(static=True)
     i: jax.Array
     j: jax.Array
     weight: jax.Array
@@ -302,10 +310,14 @@ class PairTerm(EdgeFamily):
         j: Numbers,
         weight: Numbers = 1.0,
         params: Any = None,
+        *,
+        gap: Callable[..., jax.Array] | None = None,
     ) -> None:
         if not callable(fn):
             raise TypeError(f"fn must be callable as fn(x_i, x_j), got {type(fn).__name__}")
-        self.fn = fn
+        if gap is not None and not callable(gap):
+            raise TypeError(f"gap must be callable as gap(x_i, x_j), got {type(gap).__name__}")
+        self.fn, self.hinge = fn, gap
         self.i, self.j, self.weight = _edges(i, j, weight)
         self.params = jax.tree.map(jnp.asarray, params)
         for leaf in jax.tree.leaves(self.params):
@@ -315,10 +327,21 @@ class PairTerm(EdgeFamily):
                     f"its leading axis must be {self.num_edges}, one per edge"
                 )
 
+    def _of(self, fn: Callable[..., jax.Array], x_i: jax.Array, x_j: jax.Array) -> jax.Array:
+        return fn(x_i, x_j) if self.params is None else fn(x_i, x_j, self.params)
+
+    def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array | None:
+        return None if self.hinge is None else self._of(self.hinge, x_i, x_j)
+
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
-        if self.params is None:
-            return self.fn(x_i, x_j)
-        return self.fn(x_i, x_j, self.params)
+        energy, gap = self._of(self.fn, x_i, x_j), self.gap(x_i, x_j)
+        return energy if gap is None else jnp.where(gap > 0, energy, 0)
+
+    def priced_energy(
+        self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
+    ) -> jax.Array:
+        energy = self._of(self.fn, x_i, x_j)
+        return energy if activity is None else activity * energy
 
     @property
     def key(self) -> str:

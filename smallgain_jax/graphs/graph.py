@@ -1,7 +1,8 @@
 """Energy graphs: nodes with local energies, edges with couplings."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -20,6 +21,14 @@ from smallgain_jax.spectral.rows import (
     block_curvature,
     scatter_pairs,
 )
+
+
+class Evaluation(NamedTuple):
+    """An objective at one state."""
+
+    value: jax.Array  # []
+    gradient: jax.Array  # like x
+    magnitude: jax.Array  # [] sum of the absolute values of the terms: what rounding scales with
 
 
 class EnergyGraph(eqx.Module):
@@ -157,6 +166,14 @@ class EnergyGraph(eqx.Module):
         >>> value.item(), gradient.tolist()
         (1.5, [3.0, -1.0])
         """
+        return self.evaluate(x, weights)[:2]
+
+    def evaluate(self, x: jax.Array, weights: ArrayLike | None = None) -> Evaluation:
+        r"""`value_and_gradient`, and the size of the terms that the value is the sum of.
+
+        The magnitude $\sum_l |f_l| + \sum_k |w_k e_k|$ is what rounding scales with: where terms
+        of both signs cancel, the value is small and its error is not.
+        """
         self._check_state(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> tuple[jax.Array, ...]:
@@ -164,11 +181,18 @@ class EnergyGraph(eqx.Module):
             return family.weight * value, family.weight * slopes[0], family.weight * slopes[1]
 
         value, gradient = jax.value_and_grad(self.local_energy)(x)
+        magnitude = jnp.abs(value)
         parts = self._map_parts(one, x)
         scales = self._by_family(weights, x)
         for scale, part in zip(scales, parts, strict=True):
-            value = value + jnp.sum(part[0] if scale is None else scale * part[0])
-        return value, self._scattered(gradient, [part[1:] for part in parts], scales)
+            terms = part[0] if scale is None else scale * part[0]
+            value, magnitude = value + jnp.sum(terms), magnitude + jnp.sum(jnp.abs(terms))
+        gradient = self._scattered(gradient, [part[1:] for part in parts], scales)
+        return Evaluation(value, gradient, magnitude)
+
+    def rows(self, x: jax.Array, smoothing: Activity | float | None = None) -> jax.Array:
+        """Row sums of the reference objective's Hessian, shaped like x; see `curvature`."""
+        return self.curvature(x, smoothing=smoothing).row_sums
 
     def term_gradients(self, x: jax.Array) -> jax.Array:
         """Gradient of each term by its two ends at the reference weights, [E, 2] or [E, 2, d]."""
@@ -354,6 +378,13 @@ class EnergyGraph(eqx.Module):
     @staticmethod
     def _concatenate(parts: list[jax.Array], empty: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
+
+
+def alike(a: EnergyGraph, b: EnergyGraph) -> bool:
+    """Whether two graphs differ in numbers alone."""
+    ours: Any = jax.tree.structure(a)
+    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
+    return bool(ours == jax.tree.structure(b)) and bool(shapes(a) == shapes(b))
 
 
 def _ends(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.weights import Snapshot, scaled
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale
+from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
 
 Limit = float | jax.Array | Callable[[jax.Array], Any] | None
@@ -162,7 +162,7 @@ def propose(
         if settings.guard == "measured":
             measured = directional_curvature(partial(here.energy, weights), x, move)
             # negative or vanishing curvature promises nothing: fall back on the bound
-            bend = jnp.where(measured > 1e-3 * bend, measured, bend)
+            bend = trusted_curvature(measured, bend)
         factor = guard_scale(gradient, move, bend, settings.target)
     move = jnp.where(factor > 0, factor * move, 0)
     return Proposal(

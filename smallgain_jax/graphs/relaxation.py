@@ -1,4 +1,4 @@
-"""Relaxation of an energy graph: a scan over optax updates inside a box."""
+"""Relaxation of an energy graph: optax updates inside a box, and the minimizer's derivative."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -10,18 +10,24 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, float_dtype, is_concrete
-from smallgain_jax.graphs.descent import MajorizedDescentState, majorized_descent
+from smallgain_jax._checks import as_float, check_finite, is_concrete
+from smallgain_jax.graphs import iteration
+from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
+from smallgain_jax.graphs.descent import Metric, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.search.box import Box
+from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
+
+ADJOINTS = ("implicit", "unrolled")
 
 
 class RelaxInfo(NamedTuple):
     """What happened during a relaxation."""
 
-    steps: jax.Array  # [] int32, updates made before the tolerance was met
+    steps: jax.Array  # [] int32, updates made
     converged: jax.Array  # [] bool, the tolerance was met
-    optimality: jax.Array  # [] max |P(x - g) - x| at the end
+    status: jax.Array  # [] int32, why it ended: a `RelaxStatus`
+    optimality: jax.Array  # [] max |clip(-g/D, l - x, u - x)| at the end, relative to the box
     history: Any  # what `record` took from the optimizer's state, each leaf [steps, ...]
 
 
@@ -41,25 +47,50 @@ def relax(
     steps: int = 100,
     bounds: tuple[ArrayLike, ArrayLike] | None = (0.0, 1.0),
     *,
-    tol: float | jax.Array = 0.0,
+    tol: float | jax.Array | None = None,
+    adjoint: str = "implicit",
+    metric: str | Metric = "rows",
     record: Any = None,
     state: Any = None,
 ) -> RelaxResult:
     r"""Minimize a graph's reference energy over a box.
 
-    A `lax.scan` over $x \leftarrow P(x + u)$ with u the optimizer's update for the gradient on the
-    free nodes (those not held at a bound). Jittable and differentiable in the graph and the start
-    (optimizers with loops of their own, such as optax's line searches, only forwards); `vmap`
-    relaxes a batch. Line searches inside an optimizer see the energy of the projected state.
+    Steps $x \leftarrow P(x + u)$, u the optimizer's update for the gradient on the free nodes
+    (those not held at a bound), until the tolerance is met, the optimizer says that it is stalled,
+    or the steps are used up; after that nothing is computed. Jittable; `vmap` relaxes a batch,
+    which goes on until its last member has ended. Line searches inside an optimizer see the energy
+    of the projected state.
+
+    **Optimality** is the largest step that the rows D of the Hessian still favour,
+    $\max_r |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the
+    box, or without one to the largest entry of the start or of the first such step. It is a number
+    without unit, and does not change when the energy is multiplied by one. On badly conditioned
+    graphs the distance to the minimizer may be larger by up to the condition number.
+
+    **Derivatives.** With `adjoint="implicit"`, `x` has the derivative of the minimizer by every
+    float of the graph and the bounds, whichever optimizer found it: one linear solve with the
+    Hessian on the free nodes, forwards or in reverse, at the memory of one gradient; the last
+    energy has that of the minimum. Start, `info`, `state` and earlier energies have none. This is
+    right where `info.converged` holds, and only there; where the minimizer has no derivative the
+    result is NaN (`graphs.adjoint` states the rules). With `adjoint="unrolled"`, everything is
+    differentiated through the steps that were made, start included: for runs that are meant to
+    stop early. It has no early exit, its memory grows with the square root of the steps, and
+    optimizers with loops of their own, such as optax's line searches, are differentiated only
+    forwards.
 
     Args:
       graph: the energy.
       x0: start [n] or [n, d], taken in the dtype of its energy; projected onto the box first.
       optimizer: any optax transformation; None is `majorized_descent`, the library's best.
-      steps: number of updates, static.
+      steps: most updates to make. Programs are shared between up to twice as many, unless
+        something is recorded.
       bounds: (lower, upper), scalars or shaped like x0; None for no box.
-      tol: stop once max |P(x - g) - x| is at most this (units of x, as for an update of size one);
-        the remaining entries of `energy` repeat the last.
+      tol: the optimality to reach; None is eps^(2/3) of the dtype (4e-11 in double precision, 2e-5
+        in single), 0 goes on until stalled. Entries of `energy` after the end repeat the last.
+      adjoint: "implicit" or "unrolled".
+      metric: what conditions the gradient, in the steps of the default optimizer and in the
+        implicit adjoint: "rows", or an object with a method
+        `precondition(graph, x, rows, free) -> (g -> z)`.
       record: `record(optimizer_state) -> pytree`, taken after every update into `info.history`.
       state: optimizer state to continue from, as in `RelaxResult.state`.
 
@@ -67,144 +98,154 @@ def relax(
       `RelaxResult(x, energy [steps + 1], info, state)`.
 
     Raises:
-      ValueError: x0 does not fit the graph or is not finite (concrete), or lower > upper.
+      TypeError: arguments in another order, or an optimizer's factory in place of an optimizer.
+      ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, or an
+        unknown `adjoint` or `metric`.
 
     >>> from smallgain_jax import Landau, Quadratic
     >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
-    >>> relax(graph, jnp.array([1.0, 0.5]), steps=5).x.round(4).tolist()
-    [0.0, 0.0]
+    >>> result = relax(graph, jnp.array([1.0, 0.5]))
+    >>> result.x.round(4).tolist(), RelaxStatus(int(result.info.status)).name
+    ([0.0, 0.0], 'CONVERGED')
     """
+    _check(graph, optimizer, steps, tol, adjoint, metric)
     x0 = as_float("x0", x0)
     if x0.ndim not in (1, 2) or x0.shape[0] != graph.num_nodes:
         raise ValueError(
             f"x0 has shape {x0.shape}, expected [{graph.num_nodes}] or [{graph.num_nodes}, d]"
         )
     check_finite("x0", x0)
+    problem = _Problem(
+        graph,
+        x0,
+        optimizer,
+        _box(bounds, x0),
+        None if isinstance(metric, str) else metric,
+        record,
+        state,
+    )
+    data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
+    leaves, structure = jax.tree.flatten(rest)
+    # history has a static size: of a power of two, so that other steps need no other program
+    shared = record is None and adjoint == "implicit"
+    capacity = max(64, 1 << (steps - 1).bit_length()) if shared else steps
+    limit = np.int32(steps)
+    # not `filter_jit`, which waits for the device: the host has telemetry to write meanwhile
+    result = _compiled(data, tol, limit, tuple(leaves), structure, capacity, adjoint)
+    return result if capacity == steps else result._replace(energy=result.energy[: steps + 1])
+
+
+class _Problem(NamedTuple):
+    graph: EnergyGraph
+    x0: jax.Array
+    optimizer: optax.GradientTransformation | None
+    box: Box | None
+    metric: Metric | None
+    record: Any
+    state: Any
+
+
+def _check(
+    graph: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
+) -> None:
+    if not isinstance(graph, EnergyGraph):
+        raise TypeError(
+            f"graph must be an EnergyGraph, got {type(graph).__name__}: relax(graph, x0, ...)"
+        )
+    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
+        hint = "; call the factory: optax.adam(1e-2)" if callable(optimizer) else ""
+        raise TypeError(
+            f"optimizer must be an optax transformation, got {type(optimizer).__name__}{hint}"
+        )
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
-    box = _box(bounds, x0)
-    return _relax(graph, x0, optimizer, steps, box, tol, record, state)
+    if tol is not None and is_concrete(tol) and np.isnan(np.asarray(tol, float)).any():
+        raise ValueError(f"tol = {tol} must be a number: 0 goes on until nothing descends")
+    if adjoint not in ADJOINTS:
+        raise ValueError(f"adjoint = {adjoint!r} is unknown: choose from {', '.join(ADJOINTS)}")
+    known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")
+    if not known:
+        raise ValueError(
+            f"metric = {metric!r} is unknown: 'rows', or an object with a method precondition"
+        )
 
 
 def _box(bounds: tuple[ArrayLike, ArrayLike] | None, x0: jax.Array) -> Box | None:
     if bounds is None:
         return None
-    lower, upper = (jnp.asarray(end) for end in bounds)
-    for name, end in (("lower", lower), ("upper", upper)):
-        if end.shape not in ((), x0.shape):
-            raise ValueError(f"bounds: {name} has shape {end.shape}, expected () or {x0.shape}")
-    if is_concrete((lower, upper)) and not bool(jnp.all(lower <= upper)):
+    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
+        raise TypeError(f"bounds must be a pair (lower, upper) or None, got {bounds!r}")
+    for name, end in zip(("lower", "upper"), bounds, strict=True):
+        if jnp.shape(end) not in ((), x0.shape):
+            raise ValueError(
+                f"bounds: {name} has shape {jnp.shape(end)}, expected () or {x0.shape}"
+            )
+        # on the host: inside jit, an operation on known arrays gives an unknown one
+        if is_concrete(end) and np.isnan(np.asarray(end, float)).any():
+            raise ValueError(f"bounds: {name} must not be NaN")
+    lower, upper = bounds
+    if is_concrete((lower, upper)) and not np.all(np.asarray(lower) <= np.asarray(upper)):
         raise ValueError("bounds: lower must not exceed upper")
-    return Box(lower, upper)
+    return Box(jnp.asarray(lower), jnp.asarray(upper))
 
 
-def _stores_gradient(state: Any) -> bool:
-    """Whether the optimizer kept value and gradient of where it went, as L-BFGS does."""
-    found = [optax.tree.get_all_with_path(state, name) for name in ("value", "grad")]
-    return all(len(hits) == 1 and hits[0][1] is not None for hits in found)
-
-
-class _Carry(NamedTuple):
-    x: jax.Array
-    value: jax.Array
-    gradient: jax.Array
-    state: Any
-    steps: jax.Array
-    done: jax.Array
-
-
-def _relax(
-    graph: EnergyGraph,
-    x0: jax.Array,
-    optimizer: optax.GradientTransformation | None,
-    steps: int,
-    box: Box | None,
-    tol: float | jax.Array,
-    record: Any,
-    state: Any,
-) -> RelaxResult:
-    given = (graph, x0, optimizer, box, record, state)
-    data, rest = eqx.partition(given, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
-    leaves, structure = jax.tree.flatten(rest)
-    # not `filter_jit`, which waits for the device: the host has telemetry to write meanwhile
-    return _compiled(data, tol, tuple(leaves), structure, steps)
-
-
-@partial(jax.jit, static_argnums=(2, 3, 4))
+@partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _compiled(
-    data: Any, tol: float | jax.Array, leaves: tuple[Any, ...], structure: Any, steps: int
+    data: Any,
+    tol: float | jax.Array | None,
+    limit: jax.Array,
+    leaves: tuple[Any, ...],
+    structure: Any,
+    capacity: int,
+    adjoint: str,
 ) -> RelaxResult:
-    rest = jax.tree.unflatten(structure, leaves)
-    graph, x0, optimizer, box, record, state = eqx.combine(data, rest)
+    problem = _Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
     # in here: tracing the energy at every call would cost more than many a relaxation
-    x0 = x0.astype(jax.eval_shape(graph.energy, x0).dtype)
-    box = None if box is None else Box(*(end.astype(x0.dtype) for end in box))
-    ours = optimizer is None
-    optimizer = optax.with_extra_args_support(
-        majorized_descent(graph) if optimizer is None else optimizer
+    dtype = jax.eval_shape(problem.graph.energy, problem.x0).dtype
+    box = None if problem.box is None else Box(*(end.astype(dtype) for end in problem.box))
+    problem = problem._replace(x0=problem.x0.astype(dtype), box=box)
+    tol = jax.lax.stop_gradient(
+        jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     )
-    everything = Box(-jnp.inf, jnp.inf) if box is None else box
-    record = record or (lambda _: None)
+    if adjoint == "unrolled":
+        run = _run(problem, tol)
+        first = iteration.start(run, problem.x0, problem.state)
+        path = iteration.unrolled(run, first, capacity)
+        return _result(path, path.end.x, path.energies)
+    path = _still(lambda: _looped(problem, tol, limit, capacity))()
+    end = path.end
+    walls = Box(jnp.asarray(-jnp.inf, dtype), jnp.asarray(jnp.inf, dtype)) if box is None else box
+    solution = Solution(end.x, tol * end.scale, problem.graph, walls, problem.metric)
+    value = minimum(end.here.value, solution)
+    energies = jnp.where(jnp.arange(capacity + 1) >= end.steps, value, path.energies)
+    return _result(path, minimizer(solution), energies)
 
-    def objective(x: jax.Array, bounds: Any = None, graph: EnergyGraph = graph) -> jax.Array:
-        # optax's line searches insist that value_fn names every extra argument of update
-        del bounds
-        return graph.energy(everything.project(x))
 
-    def evaluate(x: jax.Array, state: Any) -> tuple[jax.Array, jax.Array]:
-        if isinstance(state, MajorizedDescentState):
-            return state.value, state.grad
-        if box is None and _stores_gradient(state):
-            return optax.value_and_grad_from_state(objective)(x, state=state)
-        # a stored gradient would be that of the projected objective, blind beyond the bound
-        return graph.value_and_gradient(x)
+def _run(problem: _Problem, tol: jax.Array) -> iteration.Run:
+    optimizer = problem.optimizer
+    if optimizer is None:
+        optimizer = majorized_descent(problem.graph, metric=problem.metric)
+    record = problem.record or (lambda _: None)
+    optimizer = optax.with_extra_args_support(optimizer)
+    return iteration.Run(problem.graph, optimizer, problem.box, tol, record)
 
-    def optimality(x: jax.Array, gradient: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(everything.project(x - gradient) - x), initial=0.0)
 
-    def advance(carry: _Carry) -> _Carry:
-        x, value, gradient = carry.x, carry.value, carry.gradient
-        free = gradient if ours else jnp.where(everything.blocks(x, -gradient), 0, gradient)
-        updates, state = optimizer.update(
-            free,
-            carry.state,
-            x,
-            value=value,
-            grad=free,
-            value_fn=objective,
-            bounds=None if box is None else tuple(box),
-            # as an argument: what an optimizer closes over would be folded in as constants
-            graph=graph,
-        )
-        x = everything.project(optax.apply_updates(x, updates))
-        value, gradient = evaluate(x, state)
-        done = optimality(x, gradient) <= tol
-        return _Carry(x, value, gradient, state, carry.steps + 1, done)
+def _looped(problem: _Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
+    run = _run(problem, tol)
+    first = iteration.start(run, problem.x0, problem.state)
+    return iteration.loop(run, first, limit, capacity)
 
-    def step(carry: _Carry, _: None) -> tuple[_Carry, Any]:
-        carry = jax.lax.cond(carry.done, lambda c: c, advance, carry)
-        return carry, (carry.value, record(carry.state))
 
-    x = everything.project(x0)
-    if state is None:
-        state = optimizer.init(x)
-        value, gradient = graph.value_and_gradient(x)
-    elif isinstance(state, MajorizedDescentState):
-        # an infinite value: nothing is stored yet, as `init` leaves it
-        fresh = partial(graph.value_and_gradient, x)
-        value, gradient = jax.lax.cond(
-            jnp.isfinite(state.value), lambda: (state.value, state.grad), fresh
-        )
-    else:
-        value, gradient = evaluate(x, state)
-    start = _Carry(
-        x,
-        value,
-        gradient.astype(float_dtype(x)) if ours else gradient,
-        state,
-        jnp.zeros((), jnp.int32),
-        optimality(x, gradient) <= tol,
+def _still(fn: Any) -> Any:
+    """`fn` with no derivative by anything that it closes over, an optimizer's closures included."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
+        eqx.filter_closure_convert(fn),
     )
-    end, (energies, history) = jax.lax.scan(step, start, length=steps)
-    info = RelaxInfo(end.steps, end.done, optimality(end.x, end.gradient), history)
-    return RelaxResult(end.x, jnp.concatenate([value[None], energies]), info, end.state)
+
+
+def _result(path: iteration.Path, x: jax.Array, energies: jax.Array) -> RelaxResult:
+    end = path.end
+    converged = end.status == RelaxStatus.CONVERGED
+    info = RelaxInfo(end.steps, converged, end.status, end.optimality, path.history)
+    return RelaxResult(x, energies, info, end.state)

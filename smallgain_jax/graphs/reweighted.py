@@ -5,7 +5,6 @@ declared objective. In the mode "reference" the weights stay within the rule's b
 back to 1, because those form a convex set and the way is a segment of it.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,7 @@ from smallgain_jax._checks import (
     float_dtype,
 )
 from smallgain_jax._tree import select
-from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
 from smallgain_jax.graphs.weights import Move, Rule, scaled, unspent
 from smallgain_jax.limits.closed_forms import measured_limit
@@ -98,7 +97,7 @@ def reweighted(
     ) -> tuple[jax.Array, SmallGainState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        used = own if graph is None or not _alike(graph, own) else graph
+        used = own if graph is None or not alike(graph, own) else graph
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
         decided = _decide(here, rule, state)
 
@@ -138,14 +137,6 @@ def _check(base_optimizer: Any, graph: Any, settings: Settings) -> None:
     check_fraction("target", settings.target)
     if settings.limit is not None and not callable(settings.limit):
         check_positive("limit", settings.limit)
-
-
-def _alike(a: EnergyGraph, b: EnergyGraph) -> bool:
-    """Whether they differ in numbers alone."""
-    ours: Any = jax.tree.structure(a)
-    same = ours == jax.tree.structure(b)
-    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-    return bool(same) and shapes(a) == shapes(b)
 
 
 def _initial_state(

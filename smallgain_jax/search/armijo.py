@@ -14,6 +14,7 @@ class Trial(NamedTuple):
     value: jax.Array  # []  the declared objective there
     slope: jax.Array  # []  <gradient, candidate - params>: the decrease that first order promises
     aux: Any  # whatever the caller wants from the accepted candidate
+    end_slope: Any = None  # [] <gradient there, candidate - params>, where the caller knows it
 
 
 class Search(NamedTuple):
@@ -32,13 +33,19 @@ def armijo(
     decrease: float = 1e-4,
     shrink: float = 0.5,
     max_backtracks: int = 20,
+    resolution: jax.Array | None = None,
 ) -> Search:
-    """Backtrack from step 1 until `value` has decreased by `decrease` times the promised slope.
+    r"""Backtrack from step 1 until `value` has decreased by `decrease` times the promised slope.
 
-    (Armijo 1966; Nocedal and Wright, Numerical Optimization, algorithm 3.1.) Differentiable in both
-    modes: the derivative is that of `trial` at the step found, because how often to shrink is
-    piecewise constant. That, and a failure that is reported rather than taken, is why optax's line
-    search does not serve. Without derivatives each candidate is evaluated once, in a batch too.
+    (Armijo 1966; Nocedal and Wright, Numerical Optimization, algorithm 3.1.) Values that differ by
+    less than their rounding say nothing. A trial that brings its `end_slope` is judged by the
+    slopes there: the change $(\varphi'(0) + \varphi'(1)) / 2$ of the trapezoidal rule, exact on
+    quadratics, has to be sufficient (the approximate condition of Hager and Zhang 2005, section 3).
+
+    Differentiable in both modes: the derivative is that of `trial` at the step found, because how
+    often to shrink is piecewise constant. That, and a failure that is reported rather than taken,
+    is why optax's line search does not serve. Without derivatives each candidate is evaluated once,
+    in a batch too.
 
     Args:
       trial: candidate at a step length.
@@ -46,16 +53,20 @@ def armijo(
       decrease: fraction of the slope that must be realized, in (0, 1).
       shrink: factor per backtrack, in (0, 1).
       max_backtracks: the search fails beyond these.
+      resolution: differences of the objective below this are rounding, scalar; None is eps times
+        the value, which is too little where terms cancel in it.
 
     Returns:
       A `Search`; `accepted` is False when no candidate was good enough, `value` is not finite, or
-      the promised decrease is lost in its rounding.
+      the promised decrease is lost in its rounding and no `end_slope` tells.
     """
     one = jnp.ones((), value.dtype)
     # what a trial closes over must be an argument of the search, which has a derivative of its own
     closed = eqx.filter_closure_convert(trial, one)
     rule = _Rule(decrease, shrink, max_backtracks)
-    last, step, accepted, backtracks = _search(closed, value, one, rule)
+    if resolution is None:
+        resolution = jnp.finfo(value.dtype).eps * jnp.abs(value)
+    last, step, accepted, backtracks = _search(closed, value, resolution, one, rule)
     return Search(last, step, accepted, backtracks)
 
 
@@ -70,14 +81,18 @@ _Found = tuple[Trial, jax.Array, jax.Array, jax.Array]  # trial, step, accepted,
 
 @eqx.filter_custom_jvp
 def _search(
-    trial: Callable[[jax.Array], Trial], value: jax.Array, start: jax.Array, rule: _Rule
+    trial: Callable[[jax.Array], Trial],
+    value: jax.Array,
+    resolution: jax.Array,
+    start: jax.Array,
+    rule: _Rule,
 ) -> _Found:
-    resolution = jnp.finfo(value.dtype).eps * jnp.abs(value)
-
     def searching(carry: tuple[_Found, jax.Array]) -> jax.Array:
-        (_, step, accepted, backtracks), slope = carry
-        # a promise below the rounding of `value` can be neither kept nor broken
+        (last, step, accepted, backtracks), slope = carry
+        # a promise below the rounding of `value` can be neither kept nor broken by values
         audible = -slope * step > resolution
+        if last.end_slope is not None:
+            audible |= last.slope < 0
         return (backtracks < 0) | (~accepted & audible & (backtracks < rule.max_backtracks))
 
     def attempt(carry: tuple[_Found, jax.Array]) -> tuple[_Found, jax.Array]:
@@ -85,7 +100,13 @@ def _search(
         step = jnp.where(backtracks < 0, step, step * rule.shrink)
         candidate = trial(step)
         promised = rule.decrease * jnp.minimum(candidate.slope, 0)
-        accepted = jnp.isfinite(candidate.value) & (candidate.value <= value + promised)
+        sufficient = candidate.value <= value + promised
+        if candidate.end_slope is not None:
+            level = candidate.value <= value + resolution
+            falls = (candidate.slope < 0) & (candidate.slope + candidate.end_slope <= 2 * promised)
+            # a decrease within the rounding is believed to the slopes alone
+            sufficient = jnp.where(value - candidate.value > resolution, sufficient, level & falls)
+        accepted = jnp.isfinite(candidate.value) & sufficient
         slope = jnp.where(backtracks < 0, candidate.slope, slope)
         return (candidate, step, accepted, backtracks + 1), slope
 
@@ -100,7 +121,7 @@ def _search(
 @_search.def_jvp  # type: ignore[untyped-decorator]
 def _search_jvp(primals: Any, tangents: Any) -> tuple[_Found, Any]:
     """The derivative of the trial at the step that was found."""
-    trial, value, start, rule = primals
-    _, step, accepted, backtracks = _search(trial, value, start, rule)
+    trial, value, resolution, start, rule = primals
+    _, step, accepted, backtracks = _search(trial, value, resolution, start, rule)
     last, moves = eqx.filter_jvp(lambda at: at(step), (trial,), tangents[:1])
     return (last, step, accepted, backtracks), (moves, None, None, None)

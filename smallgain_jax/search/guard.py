@@ -52,6 +52,22 @@ def directional_curvature(fn: Callable[[Any], jax.Array], x: Any, direction: Any
     return jax.jvp(slope, (x,), (direction,))[1]
 
 
+def trusted_curvature(measured: jax.Array, majorized: jax.Array) -> jax.Array:
+    """A curvature measured along a direction, or the majorizer's where it is lost in rounding.
+
+    Second derivatives are sums over terms as large as the majorizer's: below 100 eps of that they
+    are noise, or negative. Nothing else is a reason to distrust a small one: the smooth directions
+    of a large graph are as much softer than its rows as its condition number says.
+
+    >>> trusted_curvature(jnp.array(2**-10), jnp.array(4.0)).item()
+    0.0009765625
+    >>> trusted_curvature(jnp.array(-1.0), jnp.array(4.0)).item()
+    4.0
+    """
+    noise = 100 * jnp.finfo(jnp.result_type(measured)).eps * majorized
+    return jnp.where(measured > noise, measured, majorized)
+
+
 def cosine(a: Any, b: Any) -> jax.Array:
     """Cosine of the angle between two pytrees, a scalar; 0 where either vanishes.
 

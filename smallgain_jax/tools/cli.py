@@ -95,7 +95,7 @@ class Relax(Settings, frozen=True, kw_only=True):
       symmetrize: make one edge of the two entries of a matrix's pair; "none" keeps both as edges.
       method: "default" is majorized descent, the library's best.
       steps: number of updates at most.
-      tol: stop once no coordinate can move by more, as `smallgain_jax.relax` measures it.
+      tol: stop once the step that the Hessian's rows favour is this share of the box, or less.
       lower: lower bound of every coordinate; -inf for none.
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on

@@ -22,8 +22,9 @@ import optax
 
 from smallgain_jax.graphs.descent import majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.relaxation import RelaxInfo, RelaxResult, relax
+from smallgain_jax.graphs.relaxation import RelaxResult, relax
 from smallgain_jax.search.box import Box
+from smallgain_jax.search.stopping import RelaxStatus
 from smallgain_jax.tools.io import write_table
 from smallgain_jax.tools.tables import PathLike, optional_module
 from smallgain_jax.tools.telemetry import CUMULATIVE, Table, table
@@ -315,8 +316,9 @@ def relax_in_chunks(
             parts.append(part)
             x, state, made = part.x, part.state, made + int(part.info.steps)
             rows.hold(part)
-            progress(steps if part.info.converged else made, float(part.energy[-1]))
-            if part.info.converged:
+            ended = part.info.status != RelaxStatus.STEPS
+            progress(steps if ended else made, float(part.energy[-1]))
+            if ended:
                 break
         rows.flush(final=True)
     finally:
@@ -325,9 +327,7 @@ def relax_in_chunks(
     history = jax.tree.map(lambda *a: np.concatenate(a), *(part.info.history for part in parts))
     energy = np.concatenate([parts[0].energy[:1], *(part.energy[1:] for part in parts)])
     last = parts[-1]
-    info = RelaxInfo(
-        jnp.asarray(made, jnp.int32), last.info.converged, last.info.optimality, history
-    )
+    info = last.info._replace(steps=jnp.asarray(made, jnp.int32), history=history)
     return RelaxResult(x, jnp.asarray(energy), info, state)
 
 

@@ -212,7 +212,7 @@ class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
       suites: the problems.
       methods: keys of `METHODS`, or the names of its parts: "baselines", "ours", "ablations".
       steps: updates of each method at most.
-      tol: a run stops once max |P(x - g) - x| is at most this.
+      tol: a run stops once its optimality is at most this, as in `relax`.
       rates: learning rates to try; those of `rate_grid` when not given.
       repeats: timed runs of each method at its best rate, of which the median counts; 0 for none.
     """

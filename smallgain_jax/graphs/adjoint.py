@@ -1,0 +1,197 @@
+r"""The derivative of a minimizer over a box, by the implicit function theorem.
+
+At a minimizer $x^*$ of $F(x; \theta)$ over the box, let A be its *free* coordinates. There
+$\partial F/\partial x_A = 0$, hence
+
+$$ dx_A = -H_{AA}^{-1} \left( \frac{\partial^2 F}{\partial x_A \partial \theta}\, d\theta
+   + H_{AB}\, dx_B \right), \qquad dx_B = d(\text{bound}) , $$
+
+one linear solve with the free Hessian, forwards or in reverse, by conjugate gradients on
+Hessian-vector products. The minimum itself has $dF^* = \partial F/\partial\theta\, d\theta
++ \partial F/\partial x_B\, dx_B$ (envelope theorem): no solve.
+
+Held, and so not free, is a coordinate on a bound unless its gradient pulls it inside by more than
+the tolerance of the relaxation. Where the multiplier vanishes the minimizer has one-sided
+derivatives only; this rule gives the one on the side of the bound. A coordinate whose Hessian row
+is zero is held too: the objective does not determine it, and it stays where it started.
+
+Where the Hessian on the free coordinates is singular or indefinite there is no derivative, and the
+result is NaN, as it is wherever the solve does not reach a relative residual of sqrt(eps).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+
+from smallgain_jax.graphs.descent import Metric
+from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.search.box import Box
+from smallgain_jax.search.stopping import projected_step
+
+Product = Callable[[jax.Array], jax.Array]
+
+
+class Solution(eqx.Module):
+    """A minimizer as found, and what it is the minimizer of."""
+
+    x: jax.Array
+    slack: jax.Array  # like x: moves below this are rounding, in units of x
+    graph: EnergyGraph
+    box: Box
+    metric: Metric | None
+
+
+class _Sides(NamedTuple):
+    """Where each coordinate stands, bool like x."""
+
+    lower: jax.Array
+    upper: jax.Array
+    free: jax.Array
+    rows: jax.Array  # like x, of the Hessian at x
+
+
+def _acting(gap: jax.Array) -> jax.Array:
+    """Hinges as the Hessian at x sees them: there or not."""
+    return jnp.where(gap > 0, 1, 0).astype(gap.dtype)
+
+
+def _sides(solution: Solution) -> _Sides:
+    x, graph, box = solution.x, solution.graph, solution.box
+    rows = graph.rows(x, _acting)
+    inside = projected_step(x, graph.gradient(x), rows, box)
+    lower = (x <= box.lower) & (inside <= solution.slack)
+    upper = (x >= box.upper) & (inside >= -solution.slack) & ~lower
+    return _Sides(lower, upper, ~(lower | upper) & (rows > 0), rows)
+
+
+def _placed(x: jax.Array, box: Box, sides: _Sides) -> jax.Array:
+    """x, which is its bound where it is held at one."""
+    upper = jnp.where(sides.upper, jnp.asarray(box.upper, x.dtype), x)
+    return jnp.where(sides.lower, jnp.asarray(box.lower, x.dtype), upper)
+
+
+@eqx.filter_custom_jvp
+def minimizer(solution: Solution) -> jax.Array:
+    """`solution.x`, with the derivative of the minimizer by every float of graph and box."""
+    return solution.x
+
+
+@minimizer.def_jvp  # type: ignore[untyped-decorator]
+def _minimizer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (solution,), (change,) = primals, tangents
+    # once more through this rule: so it has derivatives of its own
+    x = minimizer(solution)
+    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
+    fixed = eqx.combine(fixed, solution)
+    sides = _sides(fixed)
+    graph = solution.graph
+
+    def conditions(graph: EnergyGraph, box: Box) -> tuple[jax.Array, jax.Array]:
+        at = _placed(x, box, sides)
+        return jnp.where(sides.free, graph.gradient(at).astype(x.dtype), 0), at
+
+    def product(v: jax.Array) -> jax.Array:
+        # on held coordinates the rows, so that it is regular
+        bent = jax.jvp(graph.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
+        return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
+
+    def solve(product: Product, right: jax.Array) -> jax.Array:
+        return _solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
+
+    right, bound = _change(conditions, (graph, solution.box), (change.graph, change.box))
+    move = jax.lax.custom_linear_solve(product, right, solve, symmetric=True)
+    return x, jnp.where(sides.free, -move, bound)
+
+
+@eqx.filter_custom_jvp
+def minimum(value: jax.Array, solution: Solution) -> jax.Array:
+    """`value`, the energy at the solution, with the derivative of the minimum."""
+    return value
+
+
+@minimum.def_jvp  # type: ignore[untyped-decorator]
+def _minimum_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    (value, solution), (_, change) = primals, tangents
+    x = minimizer(solution)
+    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
+    sides = _sides(eqx.combine(fixed, solution))
+
+    def energy(graph: EnergyGraph, box: Box) -> jax.Array:
+        return graph.energy(_placed(x, box, sides)).astype(value.dtype)
+
+    moved = _change(energy, (solution.graph, solution.box), (change.graph, change.box))
+    return minimum(value, solution), moved
+
+
+def _change(fn: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    """The tangent of `fn`, zeros where nothing that it depends on moves."""
+    found, moved = eqx.filter_jvp(fn, primals, tangents)
+    return jax.tree.map(
+        lambda a, da: jnp.zeros_like(a) if da is None else da,
+        found,
+        moved,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _positive(rows: jax.Array) -> jax.Array:
+    return jnp.where(rows > 0, rows, 1)
+
+
+def _preconditioner(solution: Solution, sides: _Sides) -> Product:
+    rows = _positive(sides.rows)
+    if solution.metric is None:
+        return lambda r: r / rows
+    apply = solution.metric.precondition(solution.graph, solution.x, rows, sides.free)
+    return lambda r: jnp.where(sides.free, apply(jnp.where(sides.free, r, 0)), r / rows)
+
+
+class _Conjugate(NamedTuple):
+    solution: jax.Array
+    residual: jax.Array
+    direction: jax.Array
+    norm: jax.Array  # [] <r, M r>
+    steps: jax.Array  # [] int32
+    sound: jax.Array  # [] bool, curvature along the last direction was positive
+
+
+def _solved(
+    product: Product, right: jax.Array, precondition: Product, rows: jax.Array
+) -> jax.Array:
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952); NaN where they fail.
+
+    Steps until the residual, in the preconditioner's norm, is eps^(3/4) of the right side; what
+    is asked of the answer, by a residual computed afresh, is sqrt(eps).
+    """
+    eps = jnp.finfo(right.dtype).eps
+    scaled = precondition(right)
+    norm = jnp.vdot(right, scaled)
+    limit = 10 * right.size + 100
+
+    def going(c: _Conjugate) -> jax.Array:
+        return c.sound & (c.norm > eps**1.5 * norm) & (c.steps < limit)
+
+    def step(c: _Conjugate) -> _Conjugate:
+        image = product(c.direction)
+        bend = jnp.vdot(c.direction, image)
+        # below the rounding of its own terms a curvature is none
+        sound = bend > eps * jnp.vdot(c.direction, rows * c.direction)
+        length = jnp.where(sound, c.norm / jnp.where(sound, bend, 1), 0)
+        residual = c.residual - length * image
+        scaled = precondition(residual)
+        new = jnp.vdot(residual, scaled)
+        direction = scaled + (new / c.norm) * c.direction
+        return _Conjugate(
+            c.solution + length * c.direction, residual, direction, new, c.steps + 1, sound
+        )
+
+    begin = _Conjugate(
+        jnp.zeros_like(right), right, scaled, norm, jnp.zeros((), jnp.int32), jnp.ones((), bool)
+    )
+    found = jax.lax.while_loop(going, step, begin).solution
+    rest = right - product(found)
+    # not <=: a NaN on the way must not pass
+    return jnp.where(jnp.vdot(rest, precondition(rest)) <= eps * norm, found, jnp.nan)

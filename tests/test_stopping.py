@@ -1,0 +1,212 @@
+"""When relaxations end, and that they say why."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smallgain_jax as sg
+from smallgain_jax.search.box import Box
+from smallgain_jax.search.stopping import (
+    default_tolerance,
+    length_scale,
+    optimality,
+    projected_step,
+)
+from smallgain_jax.tools import scenarios
+from smallgain_jax.tools.scenarios import random_graph
+
+Status = sg.RelaxStatus
+
+
+def test_projected_step():
+    box = Box(jnp.asarray([0.0, -jnp.inf, 0.0, 0.0]), jnp.asarray([1.0, jnp.inf, 1.0, 1.0]))
+    x = jnp.asarray([0.5, 3.0, 0.0, 0.25])
+    # held, free, held at its bound, and without curvature: as far as the box goes
+    step = projected_step(
+        x, jnp.asarray([9.0, -2.0, 1.0, -1.0]), jnp.asarray([2.0, 4.0, 1.0, 0.0]), box
+    )
+    np.testing.assert_array_equal(step, [-0.5, 0.5, 0.0, 0.75])
+    scale = length_scale(x, step, box)
+    np.testing.assert_array_equal(scale, [1.0, 3.0, 1.0, 1.0])
+    assert optimality(step, scale) == 0.75
+
+
+def three_nodes(scale=1.0):
+    return sg.EnergyGraph(
+        sg.Landau(scale * np.array([0.2, 0.25, 0.3]), target=[0.0, 1.0, 0.5]),
+        [sg.Quadratic([0, 1], [1, 2], scale * np.array([0.7, 0.5]))],
+    )
+
+
+@pytest.mark.parametrize("bounds", [(0.0, 1.0), None], ids=["box", "no box"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1.0, 1e6, 1e12])
+def test_convergence_means_the_same_at_every_scale_of_the_energy(scale, bounds, eps):
+    x0 = jnp.asarray([1.0, 0.0, 0.2], float)
+    result = sg.relax(three_nodes(scale), x0, bounds=bounds)
+    hessian = np.array([[1.8, -1.4, 0], [-1.4, 2.9, -1.0], [0, -1.0, 1.6]])
+    expected = np.linalg.solve(hessian, [0, 0.5, 0.3])
+    np.testing.assert_allclose(result.x, expected, atol=10 * default_tolerance(x0.dtype))
+    assert result.info.converged
+    assert result.info.status == Status.CONVERGED
+    assert 0 < result.info.steps < 20
+
+
+@pytest.mark.once
+def test_a_gradient_below_the_rounding_of_x_is_not_convergence():
+    graph = sg.EnergyGraph(sg.Landau([1e-8, 1e-8]), [sg.Quadratic([0], [1], 1e-8)])
+    result = sg.relax(graph, jnp.ones(2))
+    np.testing.assert_allclose(result.x, 0, atol=1e-6)
+
+
+@pytest.mark.x64
+def test_every_end_has_its_status():
+    scenario = scenarios.dense()
+    run = lambda **more: sg.relax(scenario.graph, scenario.x0, **more).info
+    assert run().status == Status.CONVERGED
+    assert run(steps=3).status == Status.STEPS
+    assert run(steps=3).steps == 3
+    stalled = run(steps=1000, tol=0.0)
+    assert stalled.status == Status.STALLED
+    assert not stalled.converged
+    assert stalled.steps < 100
+    assert stalled.optimality < 1e-14
+    broken = sg.EnergyGraph(sg.Landau([1.0], target=[0.3]), [])
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, broken)
+    failed = sg.relax(broken, jnp.asarray([0.5]))
+    assert failed.info.status == Status.NOT_FINITE
+    assert failed.info.steps == 0
+    assert failed.x == 0.5
+
+
+def test_other_optimizers_converge_too():
+    # the rows of the start are forty times those at the end
+    graph = sg.EnergyGraph(sg.Landau([0.1, 0.1], b=1.0), [sg.Quadratic([0], [1], 0.1)])
+    x0 = jnp.asarray([1.0, 0.9], float)
+    result = sg.relax(graph, x0, optax.sgd(0.1), steps=5000, tol=1e-4, bounds=(-1.0, 1.0))
+    assert result.info.converged
+    assert result.info.steps < 5000
+    rows = graph.rows(result.x)
+    step = jnp.abs(graph.gradient(result.x) / rows).max() / 2
+    assert step <= 1.01e-4
+
+
+def test_single_precision_descends_below_the_rounding_of_energies(eps):
+    problem = random_graph("uniform", 200, 800, seed=1)
+    result = sg.relax(problem.graph, problem.x0, steps=200, tol=0.0)
+    assert result.info.status == Status.STALLED
+    # energies alone stop at the square root of eps
+    assert result.info.optimality < 30 * eps
+
+
+@pytest.mark.x64
+def test_a_measured_curvature_far_below_the_rows_is_used():
+    n = 1000
+    local = sg.Landau(np.full(n, 1e-3), target=0.7)
+    graph = sg.EnergyGraph(local, [sg.Quadratic(np.arange(n - 1), np.arange(1, n))])
+    result = sg.relax(graph, jnp.zeros(n), steps=1000)
+    np.testing.assert_allclose(result.x, 0.7, atol=1e-8)
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("known", [False, True], ids=["as it is", "with its gap"])
+def test_kinks_do_not_stall(known):
+    rng = np.random.default_rng(0)
+    n, m = 300, 1500
+    truth, i = rng.normal(size=n), rng.integers(0, n, m)
+    j = (i + rng.integers(1, n, m)) % n
+    better = truth[i] + 0.3 * rng.normal(size=m) > truth[j]
+    gap = lambda a, b: 1 - (a - b)
+    energy = (
+        (lambda a, b: gap(a, b) ** 2) if known else (lambda a, b: jnp.maximum(0, gap(a, b)) ** 2)
+    )
+    ends = np.where(better, i, j), np.where(better, j, i)
+    term = sg.PairTerm(energy, *ends, gap=gap if known else None)
+    graph = sg.EnergyGraph(sg.Landau(np.full(n, 1e-3)), [term])
+    result = sg.relax(graph, jnp.zeros(n), steps=2000, bounds=None)
+    assert result.info.converged
+    assert jnp.abs(graph.gradient(result.x)).max() < 1e-7
+
+
+@pytest.mark.once
+def test_other_steps_need_no_other_program():
+    scenario = scenarios.baseline()
+    traced = []
+
+    def energy(a, b):
+        traced.append(1)
+        return jnp.sum((a - b) ** 2)
+
+    graph = sg.EnergyGraph(scenario.graph.local, [sg.PairTerm(energy, [0], [1])])
+    assert sg.relax(graph, scenario.x0, steps=20).energy.shape == (21,)
+    once = len(traced)
+    assert sg.relax(graph, scenario.x0, steps=30).energy.shape == (31,)
+    assert len(traced) == once
+
+
+@pytest.mark.once
+def test_nothing_is_computed_after_the_end():
+    scenario, calls = scenarios.baseline(), []
+
+    def energy(a, b):
+        jax.debug.callback(lambda _: calls.append(1), a)
+        return jnp.sum((a - b) ** 2)
+
+    graph = sg.EnergyGraph(scenario.graph.local, [sg.PairTerm(energy, [0], [1])])
+    made = int(sg.relax(graph, scenario.x0, steps=60).info.steps)
+    jax.effects_barrier()
+    few = len(calls)
+    calls.clear()
+    sg.relax(graph, scenario.x0, steps=5000)
+    jax.effects_barrier()
+    assert 0 < made < 60
+    assert len(calls) == few
+
+
+def test_bounds_closed_over_under_jit():
+    graph, x0 = three_nodes(), jnp.asarray([1.0, 0.0, 0.2], float)
+    lower, upper = jnp.zeros(3), jnp.ones(3)
+    inside = jax.jit(lambda x: sg.relax(graph, x, bounds=(lower, upper)).x)(x0)
+    np.testing.assert_allclose(inside, sg.relax(graph, x0).x, rtol=1e-6)
+
+
+@pytest.mark.x64
+def test_the_default_is_its_optimizer():
+    scenario = random_graph("grid", 49, seed=3)
+    ours = sg.relax(scenario.graph, scenario.x0, steps=10)
+    named = sg.relax(scenario.graph, scenario.x0, sg.majorized_descent(scenario.graph), steps=10)
+    # the graph is a constant of one program, and data of the other
+    np.testing.assert_allclose(named.x, ours.x, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(named.info.steps, ours.info.steps)
+    assert jax.tree.structure(named) == jax.tree.structure(ours)
+
+
+class Exact:
+    """A metric that inverts the Hessian of the free part."""
+
+    def precondition(self, graph, x, rows, free):
+        hessian = jax.hessian(graph.energy)(x)
+        hessian = jnp.where(free[:, None] & free[None, :], hessian, jnp.diag(rows))
+        return lambda g: jnp.linalg.solve(hessian, g)
+
+
+@pytest.mark.x64
+def test_another_metric():
+    n = 60
+    local = sg.Landau(np.full(n, 1e-3), target=np.random.default_rng(0).uniform(-0.2, 1.2, n))
+    graph = sg.EnergyGraph(local, [sg.Quadratic(np.arange(n - 1), np.arange(1, n))])
+    # one object: another instance would be another program
+    metric, x0 = Exact(), jnp.full(n, 0.5)
+    rows, exact = (sg.relax(graph, x0, metric=m, bounds=None) for m in ("rows", metric))
+    assert exact.info.steps <= 2 < 10 < rows.info.steps
+    np.testing.assert_allclose(exact.x, rows.x, atol=1e-6)
+    # the adjoint takes it as well
+    loss = lambda m: (
+        lambda a: jnp.sum(
+            sg.relax(sg.EnergyGraph(sg.Landau(a), graph.edges), x0, metric=m, bounds=(0.1, 1)).x
+            ** 2
+        )
+    )
+    by_rows, by_exact = (jax.grad(loss(m))(jnp.full(n, 1e-1)) for m in ("rows", metric))
+    np.testing.assert_allclose(by_exact, by_rows, atol=1e-7)
