@@ -18,7 +18,7 @@ from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, floa
 from smallgain_jax._tree import select
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.weights import Rule, Snapshot, scaled, unspent
-from smallgain_jax.limits.closed_forms import measured_limit
+from smallgain_jax.limits.probe import measured_limit
 from smallgain_jax.search.armijo import Trial, armijo
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale

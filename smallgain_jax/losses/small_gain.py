@@ -159,13 +159,7 @@ def trained(
     _check(settings)
     aggregates = isinstance(base_optimizer, aggregating.Aggregator)
     base = base_optimizer if aggregates else optax.with_extra_args_support(base_optimizer)
-    probe = None if aggregates else probe_optimizer(base_optimizer)
     per_term = aggregates or settings.policy == "greedy"
-    adaptive = settings.metric is not None or (probe is not None and probe.metric is not None)
-    scale_free = adaptive or probe is None
-    warmup = settings.warmup
-    if warmup is None:
-        warmup = ADAPTIVE_WARMUP if adaptive else 0
     if settings.guard == "sharpness":
         settings = settings._replace(guard=GUARD)
 
@@ -211,6 +205,12 @@ def trained(
             healthy = healthy & jnp.isfinite(total)
         watch = _watch(settings, state, total)
 
+        probe = None if aggregates else probe_optimizer(base_optimizer, params)
+        adaptive = settings.metric is not None or (probe is not None and probe.adaptive)
+        scale_free = adaptive or probe is None or not probe.known
+        warmup = settings.warmup
+        if warmup is None:
+            warmup = ADAPTIVE_WARMUP if adaptive else 0
         due = (state.count % settings.every == 0) | watch.alarmed
         due = due & (state.count >= warmup)
         at = tuple(args if curvature_args is None else curvature_args)
@@ -483,9 +483,10 @@ def _root(
     """P^{1/2} shaped like the parameters; None for the identity."""
     if settings.metric is not None:
         return jax.tree.map(jnp.sqrt, settings.metric(state.base_state, params))
-    if probe is None or probe.metric is None:
+    if probe is None or not probe.known:
         return None
-    return probe.root(state.base_state)
+    inverse = probe.inverse_root(state.base_state, params)
+    return jax.tree.map(lambda r: jnp.where(r > 0, 1 / jnp.where(r > 0, r, 1), jnp.inf), inverse)
 
 
 def _limit(settings: TrainingSettings, probe: Probe | None, state: TrainingState) -> jax.Array:
