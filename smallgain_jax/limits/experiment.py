@@ -57,7 +57,7 @@ class Findings(NamedTuple):
     moves: list[bool]
     powers: list[float]  # of the even parts in the metric; 0 for the identity
     scale: float  # of the gradients at which answers are taken
-    limits: np.ndarray  # [len(COUNTS), representatives] in the metric; inf where nothing moves
+    limits: np.ndarray  # [counts, kinds] in the metric; inf where nothing moves, NaN if traced
 
 
 def experiment(copy: Copy, own_types: frozenset[type]) -> Findings:
@@ -76,7 +76,9 @@ def experiment(copy: Copy, own_types: frozenset[type]) -> Findings:
     scale = 1.0 if memory.noisy else TINY
     bases = [_rest(state, roles) for state in memory.later]
     moves, powers = _judge(bench, bases, roles, memory.slots, scale)
-    limits = _limits(bench, bases, memory.slots, moves, powers, scale)
+    limits = np.full((len(COUNTS), len(moves)), np.nan)
+    if not copy.traced:
+        limits = _limits(bench, bases, memory.slots, moves, powers, scale)
     return Findings(roles, bases[0], memory.slots, moves, powers, scale, limits)
 
 
@@ -96,7 +98,9 @@ class _Bench:
         self.copy = copy
         self.size = len(COUNTS) * max(len(_TRIALS), 3 + len(copy.shapes))
         zeros = [np.zeros(leaf.shape, leaf.dtype) for leaf in copy.shapes]
-        start = core.jaxpr_as_fun(copy.init)(*zeros)
+        if copy.traced:
+            self.copy = copy.with_stand_ins()
+        start = core.jaxpr_as_fun(self.copy.init)(*zeros)
         self.start = [leaf if _is_opaque(leaf) else np.asarray(leaf) for leaf in start]
         self._run = jax.jit(jax.vmap(self._one))
 

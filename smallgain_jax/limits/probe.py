@@ -12,6 +12,7 @@ P is not read off the state by a formula but off the answer to a small gradient:
 answers half as much has twice the P.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -328,16 +329,35 @@ def _probe(optimizer: optax.GradientTransformation, params: Any) -> Probe:
         copy, alike = _representatives(whole, small, full, alike)
         # numbers even while the caller is being traced: the answer is about the optimizer alone
         with jax.ensure_compile_time_eval():
-            findings = experiment(copy.with_stand_ins(), _named_tuples(small))
+            findings = experiment(copy, _named_tuples(small))
         if not any(findings.moves):
             raise NoLimitError("it moves nothing")
     except NoLimitError as error:
         return Probe(False, False, str(error))
-    number_of = dict(zip(full.paths, alike.state, strict=True))
-    place = {number_of[path]: k for k, path in enumerate(copy.paths)}
-    twins = tuple(place.get(number) for number in alike.state)
-    details = _Known(whole, copy, alike, findings, tuple(full.paths), twins)
+    details = _Known(whole, copy, alike, findings, tuple(full.paths), _twins(full, copy, alike))
     return Probe(True, any(findings.powers), "", details)
+
+
+def _twins(full: Copy, copy: Copy, alike: Alike) -> tuple[int | None, ...]:
+    """For each leaf of the whole state: the leaf of the copy's state that is computed alike.
+
+    Itself if it is there; else one at the same place but for names, for all counters are computed
+    alike; else any.
+    """
+
+    def unnamed(path: str) -> str:
+        return re.sub(r"\['[^']*'\]", "[]", path)
+
+    number_of = dict(zip(full.paths, alike.state, strict=True))
+    place: dict[Any, int] = {}
+    for k, path in enumerate(copy.paths):
+        for key in (path, (number_of[path], unnamed(path)), number_of[path]):
+            place.setdefault(key, k)
+    twins = []
+    for path, number in number_of.items():
+        keys = (path, (number, unnamed(path)), number)
+        twins.append(next((place[key] for key in keys if key in place), None))
+    return tuple(twins)
 
 
 def _representatives(
