@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -112,4 +113,4 @@ class Numbering:
 
 def _is_opaque(value: Any) -> bool:
     """Whether NumPy cannot hold it, as random keys."""
-    return jax.dtypes.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)
+    return jnp.issubdtype(getattr(value, "dtype", np.float32), jax.dtypes.extended)

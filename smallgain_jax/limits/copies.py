@@ -55,7 +55,7 @@ class Copy(NamedTuple):
 
 
 def _like(leaf: Any, old: Any) -> Any:
-    opaque = jax.dtypes.issubdtype(old.dtype, jax.dtypes.extended)
+    opaque = jnp.issubdtype(old.dtype, jax.dtypes.extended)
     return leaf if opaque else jnp.asarray(leaf, old.dtype)
 
 
@@ -95,6 +95,7 @@ def trace(optimizer: optax.GradientTransformationExtraArgs, params: Any, extra: 
     init, state = jax.make_jaxpr(
         lambda flat: optimizer.init(treedef.unflatten(flat)), return_shape=True
     )(leaves)
+    state_def: Any
     found, state_def = jax.tree_util.tree_flatten_with_path(state)
 
     def step(flat: list[Any], value: Any) -> list[Any]:

@@ -153,7 +153,7 @@ class _Bench:
 
 def _is_opaque(leaf: Any) -> bool:
     """Whether NumPy cannot hold it, as random keys."""
-    return jax.dtypes.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended)
+    return jnp.issubdtype(getattr(leaf, "dtype", np.float32), jax.dtypes.extended)
 
 
 def _is_count(leaf: Any) -> bool:
@@ -193,7 +193,9 @@ def _find_memory(bench: _Bench) -> _Memory:
     responds, even, reached = [], [], []
     for leaf in states:
         if _is_opaque(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            responds.append(False), even.append(False), reached.append(np.zeros((n, 1), bool))
+            responds.append(False)
+            even.append(False)
+            reached.append(np.zeros((n, 1), bool))
             continue
         plus, minus, none = (by_kind(leaf)[:, k] for k in range(3))
         size = np.max(np.abs([plus, minus, none]), initial=0.0)

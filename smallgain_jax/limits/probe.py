@@ -109,7 +109,9 @@ class _Known:
         linear = linear & (jnp.abs(young_too - young) < 1e-2 * young)
         usable = jnp.where(late > 0, late, 1)
         floor = jnp.where(late > 0, now.unit / usable, 0)
-        return _Metric(now.unit * jnp.where(linear, young / usable, 1), floor)
+        # a correction of the first moment's bias lengthens; what shortens (RAdam) stays in P
+        bias = jnp.where(linear, jnp.maximum(young / usable, 1), 1)
+        return _Metric(now.unit * bias, floor)
 
     def inverse_root(self, base_state: Any, params: Any) -> Any:
         leaves: list[Any]
