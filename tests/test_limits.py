@@ -543,9 +543,10 @@ def test_two_groups_turn_unstable_at_their_limit():
     scale = np.diag(np.concatenate([np.broadcast_to(inverse[k], params[k].shape) for k in "ab"]))
     hessian = np.array([[2.0, 1.0, 0.5], [1.0, 3.0, 1.0], [0.5, 1.0, 4.0]])
     sharpness = np.linalg.eigvalsh(scale @ hessian @ scale)[-1]
+    limit = float(probe.limit(state))
 
     def grown(factor):
-        matrix = jnp.asarray(hessian * factor * float(probe.limit(state)) / sharpness)
+        matrix = jnp.asarray(hessian) * factor * limit / sharpness
 
         def step(carry, _):
             x, state = carry
