@@ -28,8 +28,8 @@ from smallgain_jax.graphs.relaxation import RelaxResult as RelaxResult
 from smallgain_jax.graphs.relaxation import relax as relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit as gradient_descent_limit
 from smallgain_jax.limits.closed_forms import heavy_ball_limit as heavy_ball_limit
-from smallgain_jax.limits.closed_forms import measured_limit as measured_limit
 from smallgain_jax.limits.closed_forms import nesterov_limit as nesterov_limit
+from smallgain_jax.limits.probe import measured_limit as measured_limit
 from smallgain_jax.losses.balance import BalanceFlowState as BalanceFlowState
 from smallgain_jax.losses.balance import BalanceInfo as BalanceInfo
 from smallgain_jax.losses.balance import balance_flow as balance_flow

@@ -68,6 +68,21 @@ def broadcast(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(array, shape)
 
 
+def check_optimizer(name: str, value: Any) -> None:
+    """Raise unless `value` has an optimizer's `init` and `update`."""
+    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
+        return
+    if callable(value):
+        called = getattr(value, "__name__", type(value).__name__)
+        kind = "class" if isinstance(value, type) else "function"
+        raise TypeError(
+            f"{name} is the {kind} {called}, not an optimizer: call it, as in {called}(...)"
+        )
+    raise TypeError(
+        f"{name} must be an optax optimizer, with init and update; got {type(value).__name__}"
+    )
+
+
 PARAMS_NEEDED = "params must be given to update: the step depends on where it is taken"
 
 

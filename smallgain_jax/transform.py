@@ -101,7 +101,8 @@ def gradnorm(
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> gradnorm(optax.sgd(0.1), graph).init(jnp.array([1.0, 0.5])).weights.tolist()
     [1.0]
-    >>> gradnorm(optax.sgd(0.1), lambda x: {"a": x**2, "b": x**4}).init(jnp.ones(())).weights.tolist()
+    >>> optimizer = gradnorm(optax.sgd(0.1), lambda x: {"a": x**2, "b": x**4})
+    >>> optimizer.init(jnp.ones(())).weights.tolist()
     [1.0, 1.0]
     """
     return _dispatched(

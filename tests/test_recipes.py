@@ -187,7 +187,7 @@ def test_the_limit_under_accumulation_is_that_of_the_updates_made(base, k):
     """In the middle of an accumulation too, by the number of updates and not of gradients."""
     gradient = jnp.array([1.0, 2.0])
     direct, inside = base, optax.MultiSteps(base, k)
-    plain, patient = probe_optimizer(direct), probe_optimizer(inside)
+    plain, patient = probe_optimizer(direct, gradient), probe_optimizer(inside, gradient)
     state, waiting = direct.init(gradient), inside.init(gradient)
     step, wait = jax.jit(direct.update), jax.jit(inside.update)
     for _ in range(20):

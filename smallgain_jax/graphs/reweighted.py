@@ -23,7 +23,7 @@ from smallgain_jax._tree import select
 from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
 from smallgain_jax.graphs.weights import Move, Rule, scaled, unspent
-from smallgain_jax.limits.closed_forms import measured_limit
+from smallgain_jax.limits.probe import measured_limit
 from smallgain_jax.search.armijo import Search, Trial, armijo
 
 OBJECTIVES = ("reference", "adapted")

@@ -1,9 +1,9 @@
 r"""What an optimizer is handed, set against the gradient of the plain sum.
 
 A transformation does not know what was done to its updates u before. Only what it computed itself
-may be combined with the gradients of the terms. Leaf by leaf, u is set against the
-gradient $g = \sum_k \nabla e_k$ that is computed here: what is a multiple of it (clipping by norm,
-scaling, a mean over K, a frozen leaf) takes over the factor $c = \langle u, g \rangle / \langle g, g \rangle$,
+may be combined with the gradients of the terms. Leaf by leaf, u is set against the gradient
+$g = \sum_k \nabla e_k$ that is computed here. What is a multiple of it (clipping by norm, scaling,
+a mean over K, a frozen leaf) hands its factor $c = \langle u, g \rangle / \langle g, g \rangle$ on,
 
 $$ u + c \sum_k (w_k - 1) \nabla e_k , $$
 

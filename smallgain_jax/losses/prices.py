@@ -61,6 +61,7 @@ class Sight(NamedTuple):
     params: Any
     batch: Batch
     inverse_root: Any  # P^{-1/2}; None for the identity
+    adaptive: bool  # whether it comes from the gradients, and so from the weights
     gradient: Any  # of the weighted sum, as far as it is known
     term_gradients: Any  # [K, ...] on this batch; None where they are not known
 
@@ -153,7 +154,7 @@ def _price_of_one(
     seen = jnp.isfinite(cost) & (cost > 0)
     cost = jnp.where(seen, cost, prices.cost[k])
     prices = prices._replace(cost=prices.cost.at[k].set(cost))
-    if settings.policy == "fair" and sight.inverse_root is not None:
+    if settings.policy == "fair" and sight.adaptive:
         answers = _response(losses, settings, state, sight, mix, k, vector)
         prices = prices._replace(response=prices.response.at[k].set(answers))
     if own:

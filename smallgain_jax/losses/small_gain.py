@@ -234,7 +234,7 @@ def _transformation(
         losses=losses,
         settings=settings,
         base=base_optimizer if aggregates else optax.with_extra_args_support(base_optimizer),
-        probe=partial(probe_optimizer, base_optimizer),
+        probe=_aggregator if aggregates else partial(probe_optimizer, base_optimizer),
         per_term=aggregates or settings.policy == "greedy",
         aggregates=aggregates,
     )
@@ -316,6 +316,12 @@ def _transformation(
         return found
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _aggregator(params: Any) -> Probe:
+    """What aggregates has no limit of its own."""
+    del params
+    return Probe(False, False, "it is an aggregator")
 
 
 def _initial(wiring: _Wiring, params: Any) -> TrainingState:
@@ -443,7 +449,7 @@ def _decide(
     def look() -> _Decision:
         plain = seen.reweighted(state.weights)
         root = inverse_root_of(settings, probe, state, params)
-        sight = Sight(params, batch, root, plain, seen.gradients)
+        sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
         measured = measure(losses, settings, state, sight)
         prices = measured.prices._replace(limit=limit_of(settings, probe, state))
         log_weights, scores = decide(
