@@ -57,10 +57,12 @@ SMOOTH = (0.15, 1.0)
 VISIT = (0.3, 1.2)
 """Part [a, b] of the spectrum of B_c M_c for which the two visits of a coarser level are combined.
 
-Their polynomial is 1 - T_2(y(t)) / T_2(y(0)) with y(t) = (a + b - 2 t) / (b - a). It is positive on
-(0, a + b) and at most 1 + eps = 1 + 1 / T_2(y(0)) = 1.22 there, which is below a + b = 1.5: no level
-leaves that interval.
+Their polynomial is 1 - T_2(y(t)) / T_2(y(0)) with y(t) = (a + b - 2 t) / (b - a): positive on
+(0, a + b), and at most `1 + VISIT_GROWTH` there.
 """
+
+VISIT_GROWTH = 1 / (2 * ((VISIT[1] + VISIT[0]) / (VISIT[1] - VISIT[0])) ** 2 - 1)
+"""1 / T_2(y(0)): below a + b - 1, so no level leaves the interval on which the next is positive."""
 
 UNCOUPLED = (GateBenefit, DampedGateBenefit)
 """Families whose energy depends on one end only."""
@@ -184,6 +186,7 @@ class Cycle(eqx.Module):
     free: jax.Array
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
+        gradient = jnp.where(self.free, gradient, 0)
         if gradient.ndim == 1:
             return self._solve(0, self.operators, self.factor, gradient)
         solve = jax.vmap(partial(self._solve, 0), in_axes=(0, 0, 1), out_axes=1)
@@ -223,7 +226,9 @@ class Cycle(eqx.Module):
             return factor.T @ (factor @ residual)
         z, left = _smooth(level, operator, residual)
         found = self._visit(depth + 1, operators, factor, _sums(level.members, left))
-        correction = _get(_padded(found), level.node)
+        # the coarser problem is one of free nodes: an aggregate moves those of its members
+        free = operator.inverse_rows > 0
+        correction = _written(jnp.where(free, _get(_padded(found), level.node), 0))
         left = left - _apply(level, operator, correction)
         more, _ = _smooth(level, operator, left, last=True)
         return z + correction + more
@@ -235,11 +240,12 @@ class Cycle(eqx.Module):
         level, operator = self.hierarchy.levels[depth], operators[depth]
         if level.node is None:
             return self._solve(depth, operators, factor, residual)
-        keep, take = (jnp.asarray(c, residual.dtype) for c in zip(*_chebyshev(2, *VISIT)))
+        keep, take = (jnp.asarray(c, residual.dtype) for c in zip(*_chebyshev(2, *VISIT), strict=True))
 
         def visit(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             z, move, left = carry
-            move = keep[k] * move + take[k] * self._solve(depth, operators, factor, left)
+            found = self._solve(depth, operators, factor, left)
+            move = _written(keep[k] * move + take[k] * found)
             return z + move, move, left - _apply(level, operator, move)
 
         # a loop, so that the program holds each level once
@@ -265,7 +271,7 @@ def _smooth(
     """Polynomial in rows^{-1} M times the residual, and the residual left; not after the last."""
     z = move = jnp.zeros_like(residual)
     for step, (keep, take) in enumerate(_chebyshev(DEGREE, *SMOOTH)):
-        move = keep * move + take * operator.inverse_rows * residual
+        move = _written(keep * move + take * operator.inverse_rows * residual)
         z = z + move
         if not (last and step == DEGREE - 1):
             residual = residual - _apply(level, operator, move)
@@ -273,18 +279,17 @@ def _smooth(
 
 
 def _apply(level: Level, operator: Operator, x: jax.Array) -> jax.Array:
-    """M x."""
-    # XLA would compute x anew for each of the gathers
-    x = jax.lax.optimization_barrier(x)
+    """M x, for an x in memory."""
     out = operator.diagonal * x
     for coupling, neighbor in zip(operator.near, level.neighbor.columns, strict=True):
         out = out - coupling * _get(x, neighbor)
-    return _add_tail(out, level.neighbor, -operator.tail * _get(x, level.neighbor.tail))
+    out = _add_tail(out, level.neighbor, -operator.tail * _get(x, level.neighbor.tail))
+    return _written(out)
 
 
 def _sums(rows: Rows, x: jax.Array) -> jax.Array:
     """Sum of x over each row; the padding counts 0."""
-    x = jax.lax.optimization_barrier(_padded(x))
+    x = _written(_padded(x))
     return _total(rows, [_get(x, column) for column in rows.columns], _get(x, rows.tail))
 
 
@@ -302,6 +307,19 @@ def _get(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds")
 
 
+def _written(x: jax.Array) -> jax.Array:
+    """x, in memory.
+
+    On CPU XLA merges elementwise arithmetic and gathers into whatever uses them, and computes them
+    anew for every use: two products in a row take ten times as long as one. (It drops an
+    `optimization_barrier` before it merges.) A scatter of more than one element is never merged; this one adds zeros.
+    """
+    if jax.default_backend() != "cpu" or not x.size:
+        return x
+    first = jax.lax.optimization_barrier(jnp.zeros(2, jnp.int32))
+    return x.at[first].add(jnp.zeros(2, x.dtype), mode="promise_in_bounds")
+
+
 def _padded(x: jax.Array) -> jax.Array:
     return jnp.append(x, jnp.zeros((), x.dtype))
 
@@ -311,14 +329,13 @@ def _restricted(
 ) -> tuple[Operator, jax.Array, jax.Array]:
     """M on the free nodes of a level, with local curvature and couplings left among them."""
     is_free = free.astype(coupling.dtype)
-    padded = jax.lax.optimization_barrier(_padded(coupling))
-    # written to memory column by column: XLA would gather again for every use
-    near = [jax.lax.optimization_barrier(_get(padded, k)) for k in level.through.columns]
-    other = [jax.lax.optimization_barrier(_get(is_free, k)) for k in level.neighbor.columns]
+    padded = _written(_padded(coupling))
+    near = [_get(padded, k) for k in level.through.columns]
+    other = [_get(is_free, k) for k in level.neighbor.columns]
     tail, tail_other = _get(padded, level.through.tail), _get(is_free, level.neighbor.tail)
 
     held = [c * (1 - there) for c, there in zip(near, other, strict=True)]
-    near = [is_free * c * there for c, there in zip(near, other, strict=True)]
+    near = [_written(is_free * c * there) for c, there in zip(near, other, strict=True)]
     # what is coupled to a held node is curvature of its own
     local = is_free * (local + _total(level.neighbor, held, tail * (1 - tail_other)))
     tail = _get(is_free, level.neighbor.tail_row) * tail * tail_other
@@ -482,7 +499,7 @@ def _rows(packed: Packed) -> Rows:
 
 
 def _indices(values: np.ndarray) -> jax.Array:
-    return jnp.asarray(np.asarray(values, np.int32))
+    return jax.device_put(np.asarray(values, np.int32))
 
 
 __all__ = ["Cycle", "Hierarchy", "Level", "Operator", "Rows", "multilevel", "priced_couplings"]
