@@ -192,6 +192,14 @@ class Cycle(eqx.Module):
         solve = jax.vmap(partial(self._solve, 0), in_axes=(0, 0, 1), out_axes=1)
         return solve(self.operators, self.factor, gradient)
 
+    def product(self, v: jax.Array) -> jax.Array:
+        """M v on the free nodes, shaped like v; the Hessian's product where M is the Hessian."""
+        v = jnp.where(self.free, v, 0)
+        if v.ndim == 1:
+            return _apply(self.hierarchy.levels[0], self.operators[0], _written(v))
+        apply = jax.vmap(partial(_apply, self.hierarchy.levels[0]), in_axes=(0, 1), out_axes=1)
+        return apply(self.operators[0], v)
+
     def renewed(
         self,
         graph: EnergyGraph,
@@ -460,7 +468,7 @@ def multilevel(
     j = np.concatenate([none, *(np.asarray(family.j) for family in coupled)])
     strength = np.concatenate([np.zeros(0), *(np.asarray(family.weight) for family in coupled)])
     if x is not None:
-        measured = priced_couplings(graph, jnp.asarray(x), activity)[0]
+        measured = eqx.filter_jit(priced_couplings)(graph, jnp.asarray(x), activity)[0]
         strength = np.asarray(measured, np.float64).reshape(i.size, -1).mean(axis=1)
     fine, term = simple_graph(i, j, strength, graph.num_nodes)
     rng = np.random.default_rng(seed)
