@@ -168,13 +168,17 @@ def nonlinear(problem: hard.Problem, *, hierarchy: bool) -> dict[str, Any]:
     box = Box(*(problem.bounds or (-np.inf, np.inf)))
     found, times = measured(partial(directions, problem.graph, problem.x0, metric, box))
     steps, ratio, energy, evaluations = found
-    return {
-        "steps": int(steps),
-        "converged": bool(ratio <= TOLERANCE),
-        "gradient": float(ratio),
-        "energy": float(energy),
-        "evaluations": int(evaluations),
-    } | times | setup
+    return (
+        {
+            "steps": int(steps),
+            "converged": bool(ratio <= TOLERANCE),
+            "gradient": float(ratio),
+            "energy": float(energy),
+            "evaluations": int(evaluations),
+        }
+        | times
+        | setup
+    )
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""The hierarchy of aggregates: symmetric, positive definite, near the inverse of M, on odd graphs."""
+"""The hierarchy of aggregates: positive definite, near the inverse of M, on odd graphs too."""
 
 import dataclasses
 
@@ -12,7 +12,9 @@ import smallgain_jax as sg
 from smallgain_jax.graphs import multilevel as module
 from smallgain_jax.graphs.aggregation import aggregate, packed_rows, simple_graph
 from smallgain_jax.graphs.multilevel import multilevel, priced_couplings
+from smallgain_jax.graphs.quadratic import is_quadratic
 from smallgain_jax.spectral.rows import Sigmoid
+from smallgain_jax.tools import hard
 from smallgain_jax.tools.scenarios import random_graph
 
 from .graphs import fixed_shape_graph, stack
@@ -31,7 +33,9 @@ def grid(side):
 
 
 def spring_graph(i, j, num_nodes, local, weight=1.0):
-    return sg.EnergyGraph(sg.Landau(a=np.broadcast_to(local, num_nodes)), sg.Quadratic(i, j, weight))
+    return sg.EnergyGraph(
+        sg.Landau(a=np.broadcast_to(local, num_nodes)), sg.Quadratic(i, j, weight)
+    )
 
 
 @eqx.filter_jit
@@ -47,19 +51,23 @@ def cycle_matrix(hierarchy, graph, x, rows, free):
     return jax.vmap(cycle)(basis).reshape(x.size, x.size).T
 
 
-def model(graph, x, smoothing=0.05):
+@eqx.filter_jit
+def parts(graph, x):
+    return graph.edge_blocks(x, 0.05), graph.curvature(x, smoothing=0.05).row_sums
+
+
+def model(i, j, blocks, rows):
     """M assembled by NumPy from blocks: Laplacian of the attractive couplings, rest of the rows."""
-    n = graph.num_nodes
-    blocks = np.asarray(graph.edge_blocks(x, smoothing), float)
-    coupling = np.maximum(-blocks[:, 0, 1], 0)
-    matrix = np.diag(np.asarray(graph.curvature(x, smoothing=smoothing).row_sums, float))
-    for i, j, c in zip(np.asarray(graph.i), np.asarray(graph.j), coupling):
-        matrix[i, i] -= c
-        matrix[j, j] -= c
-        matrix[i, j] -= c
-        matrix[j, i] -= c
+    coupling = np.maximum(-np.asarray(blocks, float)[:, 0, 1], 0)
+    matrix = np.diag(np.asarray(rows, float))
+    for at, value in [((i, i), -1), ((j, j), -1), ((i, j), -1), ((j, i), -1)]:
+        np.add.at(matrix, at, value * coupling)
     beyond = matrix.sum(axis=1)
-    return matrix + np.diag(np.maximum(beyond, 0) - beyond) if n else matrix
+    return matrix + np.diag(np.maximum(beyond, 0) - beyond)
+
+
+def model_of(graph, x):
+    return model(np.asarray(graph.i), np.asarray(graph.j), *parts(graph, x))
 
 
 def held_out(matrix, free):
@@ -73,15 +81,15 @@ def held_out(matrix, free):
 @pytest.mark.x64
 @pytest.mark.parametrize("kind", ["uniform", "scale_free", "hub", "small_world"])
 def test_cycle_is_symmetric_and_positive_definite_on_random_graphs(kind, small_bottom):
-    """250 graphs of each of four kinds, in batches of ten that share a structure."""
+    """250 graphs of each of four kinds: one structure, weights over six decades, states, holds."""
     rng = np.random.default_rng(0)
     smallest, worst, largest = np.inf, 0.0, 0.0
 
     @eqx.filter_jit
     def matrices(hierarchy, graphs, xs, frees):
         def one(graph, x, free):
-            rows = graph.curvature(x, smoothing=0.05).row_sums
-            return cycle_matrix(hierarchy, graph, x, rows, free)
+            blocks, rows = parts(graph, x)
+            return cycle_matrix(hierarchy, graph, x, rows, free), blocks, rows
 
         return jax.vmap(one)(graphs, xs, frees)
 
@@ -96,14 +104,13 @@ def test_cycle_is_symmetric_and_positive_definite_on_random_graphs(kind, small_b
 
     graphs = jax.tree.map(varied, base)
     xs, frees = jnp.asarray(rng.random((250, 20))), jnp.asarray(rng.random((250, 20)) < 0.8)
-    found = np.asarray(matrices(hierarchy, graphs, xs, frees))
-    for k in range(250):
-        matrix, free = found[k], np.asarray(frees[k])
+    i, j = np.asarray(base.i), np.asarray(base.j)
+    found = map(np.asarray, (*matrices(hierarchy, graphs, xs, frees), frees))
+    for matrix, blocks, rows, free in zip(*found):
         assert np.all(matrix[~free] == 0)
         assert np.all(matrix[:, ~free] == 0)
-        np.testing.assert_allclose(matrix, matrix.T, atol=1e-12 * np.abs(matrix).max())
-        graph = jax.tree.map(lambda leaf, k=k: leaf[k], graphs)
-        operator = held_out(model(graph, xs[k]), free)
+        assert np.abs(matrix - matrix.T).max() <= 1e-10 * np.abs(matrix).max()
+        operator = held_out(model(i, j, blocks, rows), free)
         roots = np.linalg.eigvals(held_out(matrix, free) @ operator).real
         assert np.linalg.eigvalsh(held_out(matrix, free))[0] > 0
         smallest, largest = min(smallest, roots.min()), max(largest, roots.max())
@@ -125,7 +132,7 @@ def test_polynomial_of_the_visits_stays_where_it_is_positive():
     inside = t * z
     assert inside[1:].min() > 0
     np.testing.assert_allclose(inside.max(), 1 + module.VISIT_GROWTH, rtol=1e-5)
-    assert 1 + module.VISIT_GROWTH < low + high
+    assert low + high > 1 + module.VISIT_GROWTH
 
 
 def test_smoother_contracts_on_the_whole_spectrum():
@@ -145,7 +152,7 @@ def test_operator_is_the_hessian_of_springs(x64, eps):
     i, j = grid(4)
     graph = spring_graph(i, j, 16, rng.uniform(0.1, 1, 16), rng.uniform(0.1, 2, i.size))
     x = jnp.asarray(rng.random(16), float)
-    np.testing.assert_allclose(model(graph, x), jax.hessian(graph.energy)(x), atol=20 * eps)
+    np.testing.assert_allclose(model_of(graph, x), jax.hessian(graph.energy)(x), atol=20 * eps)
 
 
 @pytest.mark.x64
@@ -154,20 +161,20 @@ def test_operator_majorizes_the_hessian(seed):
     """Where hinges count as they are: the Hessian with its activities is below M."""
     graph = random_graph("uniform", 30, 90, seed=seed).graph
     x = jnp.asarray(np.random.default_rng(seed).random(30))
-    blocks = np.asarray(graph.edge_blocks(x, 0.05))
+    blocks = np.asarray(parts(graph, x)[0])
     hessian = np.diag(np.asarray(graph.local_rows(x)))
     for k, (a, b) in enumerate(zip(np.asarray(graph.i), np.asarray(graph.j))):
         hessian[np.ix_([a, b], [a, b])] += blocks[k]
-    assert np.linalg.eigvalsh(model(graph, x) - hessian)[0] > -1e-12
+    assert np.linalg.eigvalsh(model_of(graph, x) - hessian)[0] > -1e-12
 
 
 def test_couplings_and_rows_agree_with_the_curvature(eps):
     graph = random_graph("uniform", 40, 160, seed=3).graph
     x = jnp.asarray(np.random.default_rng(3).random(40), float)
-    couplings, local, rows = priced_couplings(graph, x, Sigmoid(0.05))
-    expected = graph.curvature(x, smoothing=0.05).row_sums
+    couplings, local, rows = eqx.filter_jit(priced_couplings)(graph, x, Sigmoid(0.05))
+    expected = parts(graph, x)[1]
     np.testing.assert_allclose(rows, expected, rtol=50 * eps)
-    blocks = np.asarray(graph.edge_blocks(x, 0.05))
+    blocks = np.asarray(parts(graph, x)[0])
     mixed = np.maximum(-blocks[:, 0, 1], 0)
     gates = np.asarray(graph.family_index) == 3
     np.testing.assert_allclose(couplings, mixed[~gates], rtol=50 * eps)
@@ -181,7 +188,7 @@ def test_weak_anchors_survive_rounding():
     """Rows of 8 minus couplings of 8 would lose an anchor of 1e-7 in single precision."""
     i, j = grid(5)
     graph = spring_graph(i, j, 25, 5e-8)
-    _, local, _ = priced_couplings(graph, jnp.zeros(25), Sigmoid(0.05))
+    _, local, _ = eqx.filter_jit(priced_couplings)(graph, jnp.zeros(25), Sigmoid(0.05))
     np.testing.assert_allclose(local, 1e-7, rtol=1e-5)
 
 
@@ -193,7 +200,7 @@ def test_bottom_alone_is_the_inverse():
     free = jnp.asarray(rng.random(25) < 0.7)
     rows = graph.curvature(jnp.zeros(25)).row_sums
     found = cycle_matrix(multilevel(graph), graph, jnp.zeros(25), rows, free)
-    inverse = np.linalg.inv(held_out(model(graph, jnp.zeros(25)), free))
+    inverse = np.linalg.inv(held_out(model_of(graph, jnp.zeros(25)), free))
     np.testing.assert_allclose(held_out(np.asarray(found), free), inverse, rtol=1e-10, atol=1e-10)
 
 
@@ -204,7 +211,7 @@ def test_rows_beyond_the_graphs_count_as_local_curvature():
     x, free = jnp.zeros(25), jnp.ones(25, bool)
     rows = graph.curvature(x).row_sums
     found = cycle_matrix(multilevel(graph), graph, x, rows + 3.0, free)
-    inverse = np.linalg.inv(model(graph, x) + 3.0 * np.eye(25))
+    inverse = np.linalg.inv(model_of(graph, x) + 3.0 * np.eye(25))
     np.testing.assert_allclose(found, inverse, rtol=1e-10, atol=1e-12)
 
 
@@ -451,3 +458,110 @@ def test_hierarchy_is_a_pytree_of_indices():
     leaves = [leaf for leaf in jax.tree.leaves(hierarchy) if hasattr(leaf, "dtype")]
     assert all(leaf.dtype == jnp.int32 for leaf in leaves)
     assert dataclasses.is_dataclass(hierarchy)
+
+
+# ------------------------------------------------------------------------- choice, quadratic graphs
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("kind", ["uniform", "grid", "hub", "ring"])
+def test_rows_are_chosen_where_they_suffice(kind):
+    scenario = random_graph(kind, 2000, seed=1)
+    choice = sg.choose_metric(scenario.graph, scenario.x0)
+    assert choice.hierarchy is None
+    assert choice.reason.startswith("rows: 24 steps")
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", ["grid", "chain", "large_hole"])
+def test_a_hierarchy_is_chosen_where_rows_do_not_suffice(name):
+    build = {"grid": hard.grid, "chain": hard.chain, "large_hole": hard.large_hole}[name]
+    problem = build(1000 if name == "chain" else 40)
+    choice = sg.choose_metric(problem.graph, problem.x0)
+    assert choice.hierarchy.sizes[0] == problem.graph.num_nodes
+    assert choice.reason.startswith("hierarchy of ")
+
+
+@pytest.mark.once
+def test_nothing_is_chosen_for_traced_graphs():
+    graph = spring_graph([0], [1], 2, 1.0)
+    reasons = []
+    jax.jit(lambda graph: reasons.append(sg.choose_metric(graph)))(graph)
+    assert reasons[0].hierarchy is None
+    assert "traced" in reasons[0].reason
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("with_metric", [False, True])
+def test_conjugate_gradients_solve_the_linear_system(with_metric):
+    problem = hard.grid(20, 1e-2)
+    graph = problem.graph
+    metric = multilevel(graph) if with_metric else None
+    found = sg.conjugate_gradients(graph, problem.x0, metric, tol=1e-10)
+    matrix = jax.jit(jax.hessian(graph.energy))(problem.x0)
+    exact = np.linalg.solve(matrix, -np.asarray(graph.gradient(problem.x0)))
+    assert bool(found.converged)
+    np.testing.assert_allclose(found.x, exact, atol=1e-8)
+
+
+@pytest.mark.x64
+def test_conjugate_gradients_need_vector_nodes_no_other_way():
+    rng = np.random.default_rng(0)
+    target = rng.random((30, 2))
+    local = sg.Landau(a=np.full((30, 2), 0.1), target=target)
+    graph = sg.EnergyGraph(local, sg.Quadratic(np.arange(29), np.arange(1, 30)))
+    found = sg.conjugate_gradients(graph, np.zeros((30, 2)), multilevel(graph), tol=1e-10)
+    assert float(jnp.abs(graph.gradient(found.x)).max()) < 1e-8
+
+
+@pytest.mark.once
+def test_quadratic_graphs_are_recognized_by_their_families():
+    springs = sg.Quadratic([0], [1])
+    gate = sg.GateBenefit([0], [1], delta=0.1)
+    assert is_quadratic(sg.EnergyGraph(sg.Landau(a=[1.0, 1.0]), [springs, gate]))
+    assert not is_quadratic(sg.EnergyGraph(sg.Landau(a=[1.0, 1.0], b=0.1), springs))
+    assert not is_quadratic(sg.EnergyGraph(sg.Landau(a=[-1.0, 1.0]), springs))
+    hinged = sg.EnergyGraph(sg.Landau(a=[1.0, 1.0]), sg.DirectedHinge([0], [1]))
+    assert not is_quadratic(hinged)
+    with pytest.raises(ValueError, match="graph must be quadratic"):
+        sg.conjugate_gradients(hinged, [0.0, 1.0])
+
+
+# ---------------------------------------------------------------------------------------- the suite
+
+SMALL = {
+    "grid": lambda seed: hard.grid(8, seed=seed),
+    "chain": lambda seed: hard.chain(50, seed=seed),
+    "geometric": lambda seed: hard.geometric(80, seed=seed),
+    "road": lambda seed: hard.road(8, seed=seed),
+    "wild": lambda seed: hard.wild(8, seed=seed),
+    "obstacle": lambda seed: hard.obstacle(8, seed=seed),
+    "ranking": lambda seed: hard.ranking(20, 60, seed=seed),
+    "isotonic": lambda seed: hard.isotonic(20, seed=seed),
+    "phase_field": lambda seed: hard.phase_field(8, seed=seed),
+}
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", SMALL)
+def test_a_seed_is_a_problem(name):
+    one, again, other = (SMALL[name](seed) for seed in (1, 1, 2))
+
+    def numbers(problem):
+        return [np.asarray(leaf) for leaf in jax.tree.leaves((problem.graph, problem.x0))]
+
+    assert all(np.array_equal(a, b) for a, b in zip(numbers(one), numbers(again)))
+    pairs = zip(numbers(one), numbers(other))
+    assert not all(np.array_equal(a, b) for a, b in pairs)
+    assert bool(jnp.all(jnp.isfinite(one.graph.gradient(one.x0))))
+
+
+@pytest.mark.x64
+def test_pictures_and_digits_are_built():
+    pytest.importorskip("sklearn")
+    assert hard.digits_labels().graph.num_nodes == 1797
+    pytest.importorskip("skimage")
+    problem = hard.missing_pixels(16)
+    known = np.asarray(problem.graph.local[0].a) > 0
+    assert 0.02 < known.mean() < 0.25
+    assert np.all((hard.picture(16) >= 0) & (hard.picture(16) <= 1))

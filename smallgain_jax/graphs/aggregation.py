@@ -160,7 +160,7 @@ def _matching(graph: Coupled, rng: np.random.Generator) -> np.ndarray:
     order = _by_strength(graph, rng)
     passes = 0
     while order.size:
-        edge, other = _favourites(graph, order)
+        edge, _ = _favourites(graph, order)
         i, j = graph.i[order], graph.j[order]
         mutual = (edge[i] == order) & (edge[j] == order)
         partner[i[mutual]], partner[j[mutual]] = j[mutual], i[mutual]
@@ -171,4 +171,12 @@ def _matching(graph: Coupled, rng: np.random.Generator) -> np.ndarray:
     return partner
 
 
-__all__ = ["Coupled", "Merged", "Packed", "aggregate", "neighbor_rows", "packed_rows", "simple_graph"]
+__all__ = [
+    "Coupled",
+    "Merged",
+    "Packed",
+    "aggregate",
+    "neighbor_rows",
+    "packed_rows",
+    "simple_graph",
+]

@@ -248,7 +248,9 @@ class Cycle(eqx.Module):
         level, operator = self.hierarchy.levels[depth], operators[depth]
         if level.node is None:
             return self._solve(depth, operators, factor, residual)
-        keep, take = (jnp.asarray(c, residual.dtype) for c in zip(*_chebyshev(2, *VISIT), strict=True))
+        keep, take = (
+            jnp.asarray(c, residual.dtype) for c in zip(*_chebyshev(2, *VISIT), strict=True)
+        )
 
         def visit(k: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             z, move, left = carry
@@ -320,7 +322,8 @@ def _written(x: jax.Array) -> jax.Array:
 
     On CPU XLA merges elementwise arithmetic and gathers into whatever uses them, and computes them
     anew for every use: two products in a row take ten times as long as one. (It drops an
-    `optimization_barrier` before it merges.) A scatter of more than one element is never merged; this one adds zeros.
+    `optimization_barrier` before it merges.) A scatter of more than one element is never merged;
+    this one adds zeros.
     """
     if jax.default_backend() != "cpu" or not x.size:
         return x

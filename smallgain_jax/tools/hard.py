@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.spatial import cKDTree
 
-from smallgain_jax.graphs.families import DirectedHinge, PairTerm, Quadratic
+from smallgain_jax.graphs.families import DirectedHinge, GateBenefit, PairTerm, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 
@@ -185,10 +185,13 @@ def obstacle(side: int = 256, load: float = 4.0, seed: int = 0) -> Problem:
     phase = rng.uniform(0, 2 * np.pi, 2)
     wave = np.sin(6 * np.pi * u + phase[0]) * np.sin(4 * np.pi * v + phase[1])
     force = 0.25 * load * (64 / side) ** 2 * wave
-    # a (x - t)^2 with a small and t far away is a constant force of 2 a t
-    a = 1e-4
-    local = Landau(a=np.full(side**2, a), target=(0.5 + force / (2 * a)).ravel())
-    graph = EnergyGraph(local, Quadratic(*grid_edges(side)))
+    i, j = grid_edges(side)
+    force = (0.25 * load * (64 / side) ** 2 * wave).ravel()
+    # a linear reward of a node is a force on it, whoever its partner is
+    node = np.arange(side**2)
+    push = GateBenefit(node, (node + 1) % side**2, delta=force)
+    local = Landau(a=np.full(side**2, 1e-6), target=0.5)
+    graph = EnergyGraph(local, [Quadratic(i, j), push])
     return Problem(f"obstacle {side}, load {load:g}", graph, jnp.full(side**2, 0.5), (0.0, 1.0))
 
 
@@ -238,7 +241,9 @@ def phase_field(side: int = 128, width: float = 8.0, seed: int = 0) -> Problem:
     rng = np.random.default_rng(seed)
     n = side * side
     # (x^2 - 1)^2 / 4 less a constant is -x^2 / 2 + x^4 / 4
-    graph = EnergyGraph(Landau(a=np.full(n, -0.5), b=0.25), Quadratic(*grid_edges(side), width**2 / 8))
+    graph = EnergyGraph(
+        Landau(a=np.full(n, -0.5), b=0.25), Quadratic(*grid_edges(side), width**2 / 8)
+    )
     return Problem(f"phase field {side}", graph, jnp.asarray(0.1 * rng.standard_normal(n)), None)
 
 
