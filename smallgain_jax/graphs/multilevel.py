@@ -86,7 +86,7 @@ class Level(eqx.Module):
     j: jax.Array  # [E] int32
     neighbor: Rows  # the node at the other end of each edge of a row
     through: Rows  # that edge; E in the padding
-    members: Rows | None  # nodes of each aggregate; n in the padding; None at the bottom
+    members: Rows  # nodes of each aggregate; n in the padding; empty at the bottom
     node: jax.Array | None  # [n] int32 aggregate; m for nodes without a neighbour
     edge: jax.Array | None  # [E] int32 edge between aggregates; F for those inside one
     num_nodes: int = eqx.field(static=True)
@@ -488,7 +488,8 @@ def _level(graph: Coupled, merged: Merged | None) -> Level:
     neighbor, through = (_rows(packed) for packed in neighbor_rows(graph))
     ends = _indices(graph.i), _indices(graph.j)
     if merged is None:
-        return Level(*ends, neighbor, through, None, None, None, graph.num_nodes, 0, 0)
+        members = _rows(packed_rows(np.zeros(0, np.int64), 0))
+        return Level(*ends, neighbor, through, members, None, None, graph.num_nodes, 0, 0)
     count = merged.graph.num_nodes
     return Level(
         *ends,

@@ -4,6 +4,8 @@ Where the energy is quadratic the minimum along a line is known, so nothing has 
 gradient follows by recurrence. The iterates are those of the general method.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -94,20 +96,15 @@ def _conjugate_gradients(
     tol: float | jax.Array,
 ) -> QuadraticResult:
     rows = graph.curvature(x0).row_sums
+    precondition: Callable[[jax.Array], jax.Array]
     if metric is None:
-        slopes = jax.linearize(graph.gradient, x0)[1]
+        product = jax.linearize(graph.gradient, x0)[1]
         inverse = jnp.where(rows > 0, 1 / jnp.where(rows > 0, rows, 1), 1)
-
-        def product(v: jax.Array) -> jax.Array:
-            return slopes(v)
-
-        def precondition(g: jax.Array) -> jax.Array:
-            return inverse * g
-
+        precondition = partial(jnp.multiply, inverse)
     else:
         # springs: what the hierarchy stands for is the Hessian
         cycle = metric.precondition(graph, x0, rows, jnp.ones(x0.shape, bool))
-        product, precondition = cycle.product, cycle
+        product, precondition = cycle.product, cycle.__call__
     gradient = graph.gradient(x0)
     wanted = tol * jnp.max(jnp.abs(gradient), initial=0.0)
 

@@ -263,9 +263,10 @@ def digits_labels(neighbors: int = 10, labelled: int = 5, seed: int = 0) -> Prob
     data = load_digits()
     rng = np.random.default_rng(seed)
     pixels, n = data.data / 16.0, data.target.size
-    distance, nearest = cKDTree(pixels).query(pixels, neighbors + 1)
-    i, j = np.repeat(np.arange(n), neighbors), nearest[:, 1:].ravel()
-    closeness = np.exp(-((distance[:, 1:].ravel() / np.median(distance[:, 1:])) ** 2))
+    found = cKDTree(pixels).query(pixels, neighbors + 1)
+    distance, nearest = (np.asarray(values)[:, 1:] for values in found)
+    i, j = np.repeat(np.arange(n), neighbors), nearest.ravel()
+    closeness = np.exp(-((distance.ravel() / np.median(distance)) ** 2))
     known = np.zeros(n, bool)
     for digit in range(10):
         known[rng.choice(np.flatnonzero(data.target == digit), labelled, replace=False)] = True
