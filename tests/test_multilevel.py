@@ -398,8 +398,9 @@ def test_star_of_many_leaves_is_built_and_packed():
     graph = spring_graph(np.zeros(n - 1, int), np.arange(1, n), n, 1e-3)
     hierarchy = multilevel(graph)
     assert hierarchy.sizes == (n, 1)
-    held = sum(leaf.size for leaf in jax.tree.leaves(hierarchy))
-    assert held < 12 * n
+    held = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(hierarchy, eqx.is_array)))
+    # two ends, neighbours and edges to them, aggregates: twelve integers a leaf
+    assert held <= 12 * n
 
 
 @pytest.mark.once
