@@ -11,6 +11,8 @@ from smallgain_jax.allocation.knapsack import allocate as allocate
 from smallgain_jax.graphs.build import from_edge_list as from_edge_list
 from smallgain_jax.graphs.build import from_networkx as from_networkx
 from smallgain_jax.graphs.build import from_scipy as from_scipy
+from smallgain_jax.graphs.choice import MetricChoice as MetricChoice
+from smallgain_jax.graphs.choice import choose_metric as choose_metric
 from smallgain_jax.graphs.descent import MajorizedDescentState as MajorizedDescentState
 from smallgain_jax.graphs.descent import majorized_descent as majorized_descent
 from smallgain_jax.graphs.families import AsymmetricHinge as AsymmetricHinge
@@ -23,6 +25,11 @@ from smallgain_jax.graphs.families import Quadratic as Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph as EnergyGraph
 from smallgain_jax.graphs.local import Landau as Landau
 from smallgain_jax.graphs.local import LocalEnergy as LocalEnergy
+from smallgain_jax.graphs.multilevel import Cycle as Cycle
+from smallgain_jax.graphs.multilevel import Hierarchy as Hierarchy
+from smallgain_jax.graphs.multilevel import multilevel as multilevel
+from smallgain_jax.graphs.quadratic import QuadraticResult as QuadraticResult
+from smallgain_jax.graphs.quadratic import conjugate_gradients as conjugate_gradients
 from smallgain_jax.graphs.relaxation import RelaxInfo as RelaxInfo
 from smallgain_jax.graphs.relaxation import RelaxResult as RelaxResult
 from smallgain_jax.graphs.relaxation import relax as relax
@@ -76,6 +83,7 @@ from smallgain_jax.transform import loss_small_gain as loss_small_gain
 from smallgain_jax.transform import small_gain as small_gain
 
 if TYPE_CHECKING:
+    from smallgain_jax.tools import hard as hard
     from smallgain_jax.tools import io as io
     from smallgain_jax.tools import live as live
     from smallgain_jax.tools import plots as plots
@@ -90,6 +98,7 @@ if TYPE_CHECKING:
 __version__ = _version("smallgain_jax")
 
 _TOOLS = (
+    "hard",
     "io",
     "live",
     "plots",
@@ -112,11 +121,13 @@ __all__ = [
     "BalanceNewtonState",
     "Certificate",
     "Curvature",
+    "Cycle",
     "DampedGateBenefit",
     "DirectedHinge",
     "EdgeFamily",
     "EnergyGraph",
     "GateBenefit",
+    "Hierarchy",
     "KappaInfo",
     "KappaState",
     "Landau",
@@ -125,8 +136,10 @@ __all__ = [
     "Losses",
     "LowerBound",
     "MajorizedDescentState",
+    "MetricChoice",
     "PairTerm",
     "Quadratic",
+    "QuadraticResult",
     "Ramp",
     "RelaxInfo",
     "RelaxResult",
@@ -146,6 +159,8 @@ __all__ = [
     "balance_gradient",
     "balance_newton",
     "balance_residual",
+    "choose_metric",
+    "conjugate_gradients",
     "cosine_matrix",
     "from_edge_list",
     "from_networkx",
@@ -164,6 +179,7 @@ __all__ = [
     "loss_small_gain",
     "majorized_descent",
     "measured_limit",
+    "multilevel",
     "nesterov_limit",
     "penalties",
     "plots",

@@ -68,21 +68,6 @@ def broadcast(array: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(array, shape)
 
 
-def check_optimizer(name: str, value: Any) -> None:
-    """Raise unless `value` has an optimizer's `init` and `update`."""
-    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
-        return
-    if callable(value):
-        called = getattr(value, "__name__", type(value).__name__)
-        kind = "class" if isinstance(value, type) else "function"
-        raise TypeError(
-            f"{name} is the {kind} {called}, not an optimizer: call it, as in {called}(...)"
-        )
-    raise TypeError(
-        f"{name} must be an optax optimizer, with init and update; got {type(value).__name__}"
-    )
-
-
 PARAMS_NEEDED = "params must be given to update: the step depends on where it is taken"
 
 
@@ -128,13 +113,16 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} = {value} must be positive and finite")
 
 
-def check_optimizer(name: str, optimizer: Any) -> None:
-    """Raise unless `optimizer` has the two functions of an optax transformation."""
-    if callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None)):
+def check_optimizer(name: str, value: Any) -> None:
+    """Raise unless `value` has an optimizer's `init` and `update`."""
+    if callable(getattr(value, "init", None)) and callable(getattr(value, "update", None)):
         return
-    called = getattr(optimizer, "__name__", None)
-    if callable(optimizer) and called is not None:
+    if callable(value):
+        called = getattr(value, "__name__", type(value).__name__)
+        kind = "class" if isinstance(value, type) else "function"
         raise TypeError(
-            f"{name} is the function {called}, not an optimizer: call it, as in {called}(1e-3)"
+            f"{name} is the {kind} {called}, not an optimizer: call it, as in {called}(...)"
         )
-    raise TypeError(f"{name} must be an optax optimizer, got {type(optimizer).__name__}")
+    raise TypeError(
+        f"{name} must be an optax optimizer, with init and update; got {type(value).__name__}"
+    )

@@ -83,8 +83,8 @@ def gradnorm(
 ) -> optax.GradientTransformationExtraArgs:
     """The baseline that pulls the gradient norms of all terms together.
 
-    On graphs as the design note this library grew from has it (`graphs.baselines.gradnorm`), on losses
-    as Chen et al. (*GradNorm*, ICML 2018) do (`losses.baselines.loss_gradnorm`).
+    On graphs as the design note this library grew from has it (`graphs.baselines.gradnorm`), on
+    losses as Chen et al. (*GradNorm*, ICML 2018) do (`losses.baselines.loss_gradnorm`).
 
     Args:
       base_optimizer, terms: as in `small_gain`.
@@ -117,8 +117,8 @@ def auto_cap(
 ) -> optax.GradientTransformationExtraArgs:
     """The baseline of one common factor min(1, T / L).
 
-    On graphs one weight for all terms (`graphs.baselines.auto_cap`), on losses one factor on the step
-    (`losses.baselines.loss_auto_cap`).
+    On graphs one weight for all terms (`graphs.baselines.auto_cap`), on losses one factor on the
+    step (`losses.baselines.loss_auto_cap`).
 
     Args:
       base_optimizer, terms: as in `small_gain`.

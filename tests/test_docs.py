@@ -12,6 +12,7 @@ import smallgain_jax as sg
 pytestmark = pytest.mark.once
 DOCS = Path(__file__).parents[1] / "docs"
 MODULES = (
+    "hard",
     "io",
     "live",
     "penalties",

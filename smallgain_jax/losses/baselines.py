@@ -146,7 +146,8 @@ def loss_auto_cap(
     [1.0]
     """
     check_fraction("target", target)
-    return loss_small_gain(base_optimizer, terms, target=target, guard=target, **keywords)
+    guard: Any = target
+    return loss_small_gain(base_optimizer, terms, target=target, guard=guard, **keywords)
 
 
 def _squares(dtype: Any, stacked: jax.Array) -> jax.Array:

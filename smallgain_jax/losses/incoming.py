@@ -72,11 +72,14 @@ def observe(
         values, grads = settings.mean(
             losses.value_and_term_grads(params, *batch.args, **batch.kwargs)
         )
+    total: Callable[[jax.Array], Any]
     if grads is not None:
         total = lambda mix: jax.tree.map(partial(mixed, mix), grads)  # noqa: E731
     else:
         # one backward pass for the mixture, however many losses there are; that of the plain sum
         # is the caller's own, which the compiler does not evaluate twice
+        found: Any
+        pull: Any
         found, pull = jax.vjp(lambda p: losses.values(p, *batch.args, **batch.kwargs), params)
         values = settings.mean(found)
         total = lambda mix: settings.mean(pull(mix.astype(found.dtype))[0])  # noqa: E731

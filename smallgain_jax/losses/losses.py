@@ -296,8 +296,11 @@ def check_params(params: Any) -> None:
     """Raise unless every leaf can be differentiated."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
-        floating = isinstance(leaf, float | complex) if dtype is None else None
-        if not (jnp.issubdtype(dtype, jnp.inexact) if floating is None else floating):
+        if dtype is None:
+            floating = isinstance(leaf, float | complex)
+        else:
+            floating = bool(jnp.issubdtype(dtype, jnp.inexact))
+        if not floating:
             what = str(leaf.dtype) if hasattr(leaf, "dtype") else type(leaf).__name__
             raise TypeError(
                 f"params{jax.tree_util.keystr(path)} is {what}, which has no gradient: split the "

@@ -363,8 +363,11 @@ HOLES = (
 
 def has_holes(params: Any) -> bool:
     """Whether a transformation around this one has masked leaves out."""
-    is_hole = lambda node: isinstance(node, optax.MaskedNode)  # noqa: E731
-    return any(is_hole(node) for node in jax.tree.leaves(params, is_leaf=is_hole))
+    return any(map(_is_hole, jax.tree.leaves(params, is_leaf=_is_hole)))
+
+
+def _is_hole(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
 
 
 def _sees_holes(losses: Losses, params: Any) -> bool:

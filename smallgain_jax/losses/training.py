@@ -99,17 +99,21 @@ def train_step(
 
 def _unaliased(tree: Any) -> Any:
     """The tree with every array in a buffer of its own: `optax.lbfgs` starts with shared ones."""
+    structure: Any
     leaves, structure = jax.tree.flatten(tree)
     seen: set[int] = set()
     own = []
     for leaf in leaves:
         own.append(jnp.array(leaf) if id(leaf) in seen else leaf)
         seen.add(id(leaf))
-    return jax.tree.unflatten(structure, own)
+    return structure.unflatten(own)
 
 
 def _weights(state: Any, num_terms: int) -> jax.Array:
     """Those in the state of `small_gain`, wherever it stands; else ones."""
-    is_ours = lambda node: isinstance(node, TrainingState)  # noqa: E731
-    found = [node for node in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(node)]
+    found = [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
     return found[0].weights if found else jnp.ones(num_terms)
+
+
+def _is_ours(node: Any) -> bool:
+    return isinstance(node, TrainingState)

@@ -1,0 +1,320 @@
+"""Hard graphs against their rivals: `python -m bench.hard [--smoke] [--out FILE] [--problems ..]`.
+
+Steps, processor seconds and wall seconds until the projected gradient is 1e-6 of its start, in
+double precision, in one process. Setup is counted (`setup_s`), compiling is not. Quadratic
+problems: `conjugate_gradients` with rows and with the hierarchy, SciPy's CG with Jacobi, pyamg.
+Others: nonlinear conjugate directions with rows and with the hierarchy, and L-BFGS-B.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.optimize
+import scipy.sparse
+import scipy.sparse.linalg
+
+import smallgain_jax as sg
+from bench.run import about
+from smallgain_jax.graphs.choice import choose_metric
+from smallgain_jax.graphs.quadratic import conjugate_gradients
+from smallgain_jax.search.box import Box
+from smallgain_jax.tools import hard
+
+TOLERANCE = 1e-6
+MOST = 1500
+
+SMOKE: dict[str, Callable[[], hard.Problem]] = {
+    "grid": partial(hard.grid, 24),
+    "chain": partial(hard.chain, 300),
+    "obstacle": partial(hard.obstacle, 24),
+    "ranking": partial(hard.ranking, 200, 800),
+}
+PROBLEMS: dict[str, Callable[[], hard.Problem]] = {
+    **hard.HARD,
+    "grid_128": partial(hard.grid, 128, 1e-6),
+    "grid_512": partial(hard.grid, 512, 1e-6),
+    "grid_1024": partial(hard.grid, 1024, 1e-6),
+    "missing_pixels_free": lambda: hard.missing_pixels()._replace(bounds=None),
+    "large_hole_free": lambda: hard.large_hole()._replace(bounds=None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
+    parser.add_argument("--out", type=Path, default=Path("bench/hard.json"))
+    parser.add_argument("--problems", nargs="*", choices=sorted(PROBLEMS))
+    parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
+    arguments = parser.parse_args()
+    chosen = SMOKE if arguments.smoke else PROBLEMS
+    report: dict[str, Any] = {"about": about(), "tolerance": TOLERANCE, "rows": []}
+    with jax.enable_x64(True):
+        for name in arguments.problems or chosen:
+            problem = chosen[name]()
+            for method, run in (QUADRATIC if problem.quadratic else GENERAL).items():
+                if method in arguments.skip:
+                    continue
+                row = {"problem": problem.name, "method": method, **run(problem)}
+                report["rows"].append(row)
+                print(row, file=sys.stderr, flush=True)
+                arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def measured(run: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """The outcome, and wall and processor time of a second, compiled call: the lesser of two."""
+    jax.block_until_ready(run())
+    wall, processor = [], []
+    for _ in range(2):
+        start = time.perf_counter(), time.process_time()
+        found = jax.block_until_ready(run())
+        wall.append(time.perf_counter() - start[0])
+        processor.append(time.process_time() - start[1])
+    return found, {"wall_s": min(wall), "processor_s": min(processor)}
+
+
+def hierarchy_of(problem: hard.Problem) -> tuple[sg.Hierarchy, dict[str, float]]:
+    sg.multilevel(problem.graph)
+    start = time.process_time()
+    hierarchy = sg.multilevel(problem.graph)
+    return hierarchy, {"setup_s": time.process_time() - start}
+
+
+def plain(problem: hard.Problem, *, hierarchy: bool) -> dict[str, Any]:
+    """Conjugate gradients of the library."""
+    metric, setup = hierarchy_of(problem) if hierarchy else (None, {"setup_s": 0.0})
+    run = partial(
+        conjugate_gradients, problem.graph, problem.x0, metric, steps=5 * MOST, tol=TOLERANCE
+    )
+    found, times = measured(run)
+    return {"steps": int(found.steps), "converged": bool(found.converged)} | times | setup
+
+
+def system(problem: hard.Problem) -> tuple[scipy.sparse.csr_array, np.ndarray]:
+    """Hessian and gradient at the start, as SciPy wants them."""
+    graph, n = problem.graph, problem.graph.num_nodes
+    i, j = np.asarray(graph.i), np.asarray(graph.j)
+    w = 2 * np.concatenate([np.asarray(family.weight) for family in graph.edges])
+    off = scipy.sparse.coo_array((w, (i, j)), shape=(n, n)).tocsr()
+    off = off + off.T
+    local = np.asarray(graph.local_rows(problem.x0))
+    matrix = scipy.sparse.diags_array(local + off.sum(axis=1)) - off
+    return matrix.tocsr(), np.asarray(graph.gradient(problem.x0))
+
+
+def scipy_jacobi(problem: hard.Problem) -> dict[str, Any]:
+    matrix, gradient = system(problem)
+    inverse = 1 / matrix.diagonal()
+    return counted(matrix, gradient, lambda g: inverse * g) | {"setup_s": 0.0}
+
+
+def pyamg_solver(problem: hard.Problem, *, classical: bool = False) -> dict[str, Any]:
+    import pyamg
+
+    matrix, gradient = system(problem)
+    matrix = scipy.sparse.csr_matrix(matrix)
+    matrix.indices, matrix.indptr = (a.astype(np.int32) for a in (matrix.indices, matrix.indptr))
+    start = time.process_time()
+    build = pyamg.ruge_stuben_solver if classical else pyamg.smoothed_aggregation_solver
+    solver = build(matrix)
+    setup = {"setup_s": time.process_time() - start}
+    return counted(matrix, gradient, solver.aspreconditioner().matvec) | setup
+
+
+def counted(matrix: Any, gradient: np.ndarray, precondition: Any) -> dict[str, Any]:
+    """SciPy's conjugate gradients until the largest entry of the gradient is small enough.
+
+    SciPy stops by the Euclidean norm only: iterates are watched, with one more product a step, and
+    that is taken off the time.
+    """
+    n = gradient.size
+    operator = scipy.sparse.linalg.LinearOperator((n, n), precondition, dtype=float)
+    wanted = TOLERANCE * np.abs(gradient).max()
+    steps, watching = 0, 0.0
+
+    class Reached(Exception):
+        pass
+
+    def watch(x: np.ndarray) -> None:
+        nonlocal steps, watching
+        begun = time.process_time()
+        steps += 1
+        if np.abs(gradient - matrix @ x).max() <= wanted:
+            raise Reached
+        watching += time.process_time() - begun
+
+    start, converged = time.process_time(), False
+    try:
+        scipy.sparse.linalg.cg(
+            matrix, gradient, rtol=1e-15, maxiter=5 * MOST, M=operator, callback=watch
+        )
+    except Reached:
+        converged = True
+    seconds = time.process_time() - start - watching
+    return {"steps": steps, "converged": converged, "processor_s": seconds}
+
+
+def nonlinear(problem: hard.Problem, *, hierarchy: bool) -> dict[str, Any]:
+    """Conjugate directions in a box, in the metric of the rows or of the hierarchy."""
+    metric, setup = hierarchy_of(problem) if hierarchy else (None, {"setup_s": 0.0})
+    box = Box(*(problem.bounds or (-np.inf, np.inf)))
+    found, times = measured(partial(directions, problem.graph, problem.x0, metric, box))
+    steps, ratio, energy, evaluations = found
+    return (
+        {
+            "steps": int(steps),
+            "converged": bool(ratio <= TOLERANCE),
+            "gradient": float(ratio),
+            "energy": float(energy),
+            "evaluations": int(evaluations),
+        }
+        | times
+        | setup
+    )
+
+
+@jax.jit
+def directions(
+    graph: sg.EnergyGraph, x0: jax.Array, metric: sg.Hierarchy | None, box: Box
+) -> tuple[jax.Array, ...]:
+    """Polak-Ribiere with a metric renewed where it changed, and backtracking on the energy.
+
+    What `relax` does, without its bookkeeping: the steps that a metric takes, not their price.
+    """
+
+    def held(x: jax.Array, g: jax.Array) -> jax.Array:
+        return box.blocks(x, -g)
+
+    def rows(x: jax.Array) -> jax.Array:
+        return graph.curvature(x, smoothing=0.05).row_sums
+
+    def projected(x: jax.Array, g: jax.Array) -> jax.Array:
+        return jnp.max(jnp.abs(jnp.where(held(x, g), 0, g)))
+
+    value, g = graph.value_and_gradient(x0)
+    first = projected(x0, g)
+    cycle = None if metric is None else metric.precondition(graph, x0, rows(x0), ~held(x0, g))
+
+    def searching(c: Any) -> jax.Array:
+        return (c["k"] < MOST) & (projected(c["x"], c["g"]) > TOLERANCE * first) & ~c["stuck"]
+
+    def step(c: Any) -> Any:
+        x, g = c["x"], c["g"]
+        free = ~held(x, g)
+        r = jnp.where(free, g, 0)
+        bends = rows(x)
+        cycle = None
+        if metric is not None:
+            cycle = c["cycle"].renewed(graph, x, bends, free)
+            z = cycle(r)
+        else:
+            z = r / jnp.where(bends > 0, bends, 1)
+        beta = jnp.maximum(jnp.vdot(z, r - c["r"]) / c["slope"], 0)
+        move = jnp.where(free, beta * c["move"] - z, 0)
+        slope = jnp.vdot(z, r)
+        restart = jnp.vdot(move, r) > -0.1 * slope
+        move = jnp.where(restart, -z, move)
+
+        def along(at: jax.Array) -> jax.Array:
+            return jax.jvp(graph.energy, (at,), (move,))[1]
+
+        bent = jax.jvp(along, (x,), (move,))[1]
+        majorized = jnp.vdot(bends * move, move)
+        bent = jnp.where(bent > 1e-12 * majorized, bent, majorized)
+        length = -jnp.vdot(r, move) / bent
+        # near the end energies differ by rounding only: then the projected gradient decides
+        slack = 4 * jnp.finfo(x.dtype).eps * jnp.abs(c["value"])
+
+        def wrong(t: Any) -> jax.Array:
+            _, value, gained, _, tries = t
+            return (value > c["value"] + 1e-4 * gained + slack) & (tries < 40)
+
+        def shorter(t: Any) -> Any:
+            size, *_, tries = t
+            size = size / 2
+            new = box.project(x + size * move)
+            value, new_g = graph.value_and_gradient(new)
+            return size, value, jnp.vdot(g, new - x), (new, new_g), tries + 1
+
+        start = shorter((2 * length, c["value"], length, (x, g), 0))
+        _, value, _, (new, new_g), tries = jax.lax.while_loop(wrong, shorter, start)
+        return dict(
+            x=new, g=new_g, value=value, r=r, slope=slope, move=move, cycle=cycle,
+            k=c["k"] + 1, stuck=tries >= 40, evaluations=c["evaluations"] + tries,
+        )  # fmt: skip
+
+    zero = jnp.zeros_like(x0)
+    start = dict(
+        x=x0, g=g, value=value, r=zero, slope=jnp.ones_like(value), move=zero, cycle=cycle,
+        k=jnp.zeros((), jnp.int32), stuck=jnp.zeros((), bool), evaluations=jnp.ones((), jnp.int32),
+    )  # fmt: skip
+    end = jax.lax.while_loop(searching, step, start)
+    return end["k"], projected(end["x"], end["g"]) / first, end["value"], end["evaluations"]
+
+
+def lbfgsb(problem: hard.Problem) -> dict[str, Any]:
+    """SciPy's L-BFGS-B with our jitted value and gradient, stopped where the others are."""
+    graph, box = problem.graph, Box(*(problem.bounds or (-np.inf, np.inf)))
+    value_and_gradient = jax.jit(lambda g, x: g.value_and_gradient(x))
+
+    def host(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = value_and_gradient(graph, x)
+        return float(value), np.asarray(gradient)
+
+    def projected(x: np.ndarray) -> float:
+        gradient = host(x)[1]
+        return float(np.abs(np.where(box.blocks(x, -gradient), 0, gradient)).max(initial=0.0))
+
+    x0 = np.asarray(problem.x0)
+    first, steps, converged = projected(x0), 0, False
+
+    def watch(intermediate_result: Any) -> None:
+        nonlocal steps, converged
+        steps += 1
+        converged = projected(intermediate_result.x) <= TOLERANCE * first
+        if converged or steps >= MOST:
+            raise StopIteration
+
+    bounds = scipy.optimize.Bounds(*(np.full(x0.shape, end) for end in box))
+    options = {"maxiter": MOST, "maxfun": 10 * MOST, "ftol": 0.0, "gtol": 0.0}
+    start = time.process_time()
+    scipy.optimize.minimize(
+        host, x0, jac=True, method="L-BFGS-B", bounds=bounds, options=options, callback=watch
+    )
+    seconds = time.process_time() - start
+    return {"steps": steps, "converged": converged, "processor_s": seconds, "setup_s": 0.0}
+
+
+def automatic(problem: hard.Problem) -> dict[str, Any]:
+    """What `choose_metric` takes, and how long it looks; the hierarchy's setup included."""
+    choose_metric(problem.graph, problem.x0)
+    start = time.process_time()
+    reason = choose_metric(problem.graph, problem.x0).reason
+    return {"processor_s": time.process_time() - start, "reason": reason}
+
+
+QUADRATIC: dict[str, Callable[[hard.Problem], dict[str, Any]]] = {
+    "auto": automatic,
+    "CG, rows": partial(plain, hierarchy=False),
+    "CG, hierarchy": partial(plain, hierarchy=True),
+    "SciPy CG, Jacobi": scipy_jacobi,
+    "pyamg SA + CG": pyamg_solver,
+    "pyamg Ruge-Stuben + CG": partial(pyamg_solver, classical=True),
+}
+GENERAL: dict[str, Callable[[hard.Problem], dict[str, Any]]] = {
+    "auto": automatic,
+    "directions, rows": partial(nonlinear, hierarchy=False),
+    "directions, hierarchy": partial(nonlinear, hierarchy=True),
+    "L-BFGS-B": lbfgsb,
+}
+
+if __name__ == "__main__":
+    main()
