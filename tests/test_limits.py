@@ -1,7 +1,5 @@
 """Limits and metrics of optimizers: closed forms, eigenvalues, runs at 0.97 and 1.03 of them."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from smallgain_jax._checks import check_optimizer
 from smallgain_jax.limits.closed_forms import row_budgets
 from smallgain_jax.limits.crossing import first_unstable
 from smallgain_jax.limits.probe import probe_optimizer
+from tests.catalogue import catalogue
 
 TREE = {
     "w": jax.ShapeDtypeStruct((3, 2), jnp.float32),
@@ -184,48 +183,6 @@ def test_a_traced_rate_is_not_measured():
 
 
 # Every optimizer that optax has, by its own list
-
-
-SPECIAL = {
-    "fromage": lambda: optax.fromage(0.01),
-    "sm3": lambda: optax.sm3(0.01),
-    "dpsgd": lambda: optax.contrib.dpsgd(0.01, 1.0, 0.1, 0),
-    "mechanize": lambda: optax.contrib.mechanize(optax.adam(0.01)),
-    "sam": lambda: optax.contrib.sam(
-        optax.sgd(0.01), optax.chain(optax.contrib.normalize(), optax.sgd(0.01))
-    ),
-    "schedule_free": lambda: optax.contrib.schedule_free(optax.sgd(0.01), 0.01),
-    "split_real_and_imaginary": lambda: optax.contrib.split_real_and_imaginary(optax.adam(0.01)),
-    "reduce_on_plateau": lambda: optax.chain(
-        optax.sgd(0.01), optax.contrib.reduce_on_plateau(patience=10**6)
-    ),
-    "noisy_sgd": lambda: optax.noisy_sgd(0.01, key=jax.random.key(0)),
-    "apply_every": lambda: optax.chain(optax.apply_every(3), optax.sgd(0.01)),
-    "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(0.01),
-}
-CANNOT_UPDATE = {"lookahead", "scale_by_muon", "scale_by_distance_over_gradients"}
-"""They raise at this tree themselves."""
-
-
-def catalogue():
-    """Name and optimizer of every function of optax that makes one from a learning rate."""
-    made = {}
-    for module in (optax, optax.contrib):
-        for name, make in inspect.getmembers(module, inspect.isfunction):
-            signature = inspect.signature(make)
-            if "GradientTransformation" not in str(signature.return_annotation):
-                continue
-            given = [0.01] if "learning_rate" in signature.parameters else []
-            if name in SPECIAL:
-                made[name] = SPECIAL[name]
-                continue
-            try:
-                signature.bind(*given)
-            except TypeError:
-                continue  # a wrapper, or a part of a chain: see the other tests
-            if name not in ("chain", *CANNOT_UPDATE):
-                made[name] = lambda make=make, given=given: make(*given)
-    return made
 
 
 CATALOGUE = catalogue()

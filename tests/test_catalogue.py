@@ -1,0 +1,133 @@
+"""Every transformation of optax as the base of `small_gain` on losses, or before it in a chain.
+
+The table of docs/guide/catalogue.md is made here: `SMALLGAIN_WRITE=1 pytest tests/test_catalogue.py`
+writes it anew, and the test fails where it is out of date.
+"""
+
+import os
+import warnings
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smallgain_jax as sg
+from smallgain_jax.limits.probe import probe_optimizer
+from tests.catalogue import catalogue, parameters_of
+
+pytestmark = pytest.mark.once
+PAGE = Path(__file__).parents[1] / "docs" / "guide" / "catalogue.md"
+CATALOGUE = catalogue()
+START = {"w": jnp.linspace(-1, 1, 6).reshape(3, 2), "b": jnp.array([0.5, -0.5])}
+BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+STEPS = 12
+
+
+def fn(params, x):
+    y = x @ params["w"] + params["b"]
+    return {"fit": jnp.mean((y - 1) ** 2), "size": 0.1 * jnp.sum(params["w"] ** 2)}
+
+
+LOSSES = sg.terms(fn, names=("fit", "size"))
+
+
+def run(optimizer, **given):
+    """Parameters after some updates, as plain a loop as there is."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def step(carry, _):
+        params, state = carry
+        total = lambda p: LOSSES.values(p, BATCH).sum()
+        value, gradient = jax.value_and_grad(total)(params)
+        updates, state = optimizer.update(
+            gradient, state, params, value=value, grad=gradient, value_fn=total, **given
+        )
+        return (optax.apply_updates(params, updates), state), None
+
+    start = (START, optimizer.init(START))
+    (params, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=STEPS))(start)
+    jax.effects_barrier()
+    return params
+
+
+def same(found, plain):
+    close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
+    jax.tree.map(close, found, plain)
+
+
+def works_alone(make):
+    """Whether optax's own transformation gets through this very loop."""
+    try:
+        return run(make())
+    except Exception:  # whatever it raises, it is not ours
+        return None
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_as_the_base(name):
+    plain = works_alone(CATALOGUE[name])
+    if plain is None:
+        pytest.skip("optax's own refuses this loop")
+    same(run(sg.small_gain(CATALOGUE[name](), LOSSES), term_args=(BATCH,)), plain)
+    fair = sg.small_gain(CATALOGUE[name](), LOSSES, policy="fair", warmup=2, every=2)
+    finite = jax.tree.map(np.isfinite, run(fair, term_args=(BATCH,)))
+    if all(np.all(leaf) for leaf in jax.tree.leaves(jax.tree.map(np.isfinite, plain))):
+        assert all(np.all(leaf) for leaf in jax.tree.leaves(finite))
+
+
+@pytest.mark.parametrize("name", ["adam", "lion", "lbfgs", "prodigy"])
+def test_without_a_batch_each_step_is_that_of_the_base(name):
+    with pytest.warns(UserWarning, match="term_args"):
+        found = run(sg.small_gain(CATALOGUE[name](), LOSSES))
+    same(found, run(CATALOGUE[name]()))
+
+
+# what takes a learning rate is an optimizer of its own, which nobody puts before another
+PARTS = [name for name in CATALOGUE if "learning_rate" not in parameters_of(name)]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_before_it_in_a_chain(name):
+    behind = lambda inner: optax.chain(CATALOGUE[name](), inner)
+    plain = works_alone(lambda: behind(optax.sgd(1e-2)))
+    if plain is None:
+        pytest.skip("optax's own refuses this loop")
+    same(run(behind(sg.small_gain(optax.sgd(1e-2), LOSSES)), term_args=(BATCH,)), plain)
+    fair = sg.small_gain(optax.sgd(1e-2), LOSSES, policy="fair", every=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        found = run(behind(fair), term_args=(BATCH,))
+    if all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(plain)):
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(found))
+
+
+HEAD = """# optax's catalogue
+
+Every transformation of optax and `optax.contrib`, as the base of `sg.small_gain` on losses.
+With the default policy each takes the very steps that it takes alone. With `policy="fair"` prices
+are in its metric where one is known, else in the metric of gradient descent. Where a limit is
+known, `guard=1.0` keeps the sharpness below it; the default guard against divergence needs none.
+`tests/test_catalogue.py` makes this table and runs every row.
+
+| base | limit and metric |
+|---|---|
+"""
+
+
+def row(name):
+    probe = probe_optimizer(CATALOGUE[name](), START)
+    if not probe.known:
+        return f"| `{name}` | not known: {' '.join(probe.why.split())} |"
+    metric = "of its second moments" if probe.adaptive else "the identity"
+    return f"| `{name}` | known; the metric is {metric} |"
+
+
+def test_the_table_is_up_to_date():
+    page = HEAD + "\n".join(row(name) for name in sorted(CATALOGUE)) + "\n"
+    if os.environ.get("SMALLGAIN_WRITE"):
+        PAGE.write_text(page)
+    assert PAGE.read_text() == page
