@@ -82,9 +82,9 @@ def train_step(model, optimizer, *batch):
 
 
 adam = optax.inject_hyperparams(optax.adam)(learning_rate=1e-3)
-METHODS = {"equal weights": adam, "small_gain": sg.small_gain(adam, losses)}
+METHODS = {"equal weights": adam, "fair shares": sg.small_gain(adam, losses, policy="fair")}
 model = Network(nnx.Rngs(0))
-optimizer = nnx.Optimizer(model, METHODS["small_gain"], wrt=nnx.Param)
+optimizer = nnx.Optimizer(model, METHODS["fair shares"], wrt=nnx.Param)
 print("weights, in the optimizer's state:", optimizer.opt_state.weights[...])
 
 # %% [markdown]

@@ -195,7 +195,7 @@ def shares(kind, priority):
 
     def one():
         optimizer = sg.small_gain(
-            optax.adam(3e-3), terms=model, priorities=(1.0, priority), warmup=50
+            optax.adam(3e-3), model, policy="fair", priorities=(1.0, priority), warmup=50
         )
         params, state = fit(kind, optimizer, jnp.ones(2))
         return *outcome(kind, params), state.weights[1] / state.weights[0]

@@ -121,7 +121,7 @@ def annealing(base, decay=0.9):
 OPTIMIZERS = {
     "equal weights": optax.with_extra_args_support(optax.adam(RATE)),
     "annealing": annealing(optax.adam(RATE)),
-    "small_gain": sg.small_gain(optax.adam(RATE), losses),
+    "small_gain": sg.small_gain(optax.adam(RATE), losses, policy="fair"),
 }
 
 # %% [markdown]

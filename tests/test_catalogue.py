@@ -1,7 +1,7 @@
 """Every transformation of optax as the base of `small_gain` on losses, or before it in a chain.
 
-The table of docs/guide/catalogue.md is made here: `SMALLGAIN_WRITE=1 pytest tests/test_catalogue.py`
-writes it anew, and the test fails where it is out of date.
+The table of docs/guide/catalogue.md is made here: `SMALLGAIN_WRITE=1 pytest
+tests/test_catalogue.py` writes it anew, and the test fails where it is out of date.
 """
 
 import os

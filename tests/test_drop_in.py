@@ -397,6 +397,23 @@ def test_a_rewind_takes_the_momentum_back_too():
 
 
 @pytest.mark.once
+def test_a_rate_that_was_set_by_hand_survives_a_rewind():
+    fn = lambda x: {"a": 50 * jnp.sum(x**2)}
+    base = optax.inject_hyperparams(optax.sgd)(learning_rate=1e-3)
+    optimizer = sg.small_gain(base, fn)
+    x, state = jnp.ones(2), optimizer.init(jnp.ones(2))
+    update = jax.jit(optimizer.update)
+    for _ in range(100):
+        rate = optax.tree.set(state.base_state, learning_rate=jnp.float32(0.05))
+        updates, state = update(100 * x, state._replace(base_state=rate), x)
+        x = optax.apply_updates(x, updates)
+        if state.info.rewinds:
+            break
+    assert state.info.rewinds == 1
+    assert state.base_state.hyperparams["learning_rate"] == jnp.float32(0.05)
+
+
+@pytest.mark.once
 def test_hyperparameters_are_injected_around_it():
     optimizer = optax.inject_hyperparams(sg.loss_small_gain)(
         optax.sgd(1e-3), sg.terms(soft_and_stiff), policy="fair", ema=optax.constant_schedule(0.5)

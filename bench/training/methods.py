@@ -24,9 +24,10 @@ class Method(NamedTuple):
 
 
 def small_gain(problem: Problem, rate: Any, **settings: Any) -> tuple[Any, None]:
-    """The library's transformation over the problem's base optimizer."""
+    """The library's transformation over the problem's base optimizer; fair shares if not told."""
     import smallgain_jax as sg
 
+    settings = {"policy": "fair"} | settings
     return sg.small_gain(problem.optimizer(rate), terms=problem.losses, **settings), None
 
 
@@ -60,6 +61,9 @@ METHODS: dict[str, Method] = {
     "mgda": _against(peers.surgery(aggregate.mgda)),
     "small_gain": Method(small_gain, traced_rate=False, lanes=False),
     "small_gain_anneal": Method(annealed, traced_rate=False, lanes=False),
+    "small_gain_reference": Method(
+        partial(small_gain, policy="reference"), traced_rate=False, lanes=False
+    ),
     "small_gain_greedy": Method(
         partial(small_gain, policy="greedy"), traced_rate=False, lanes=False
     ),

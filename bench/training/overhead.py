@@ -52,7 +52,11 @@ def compare(problem: Problem, chunk: int, rounds: int) -> list[dict[str, Any]]:
     }
     for every, curvature in VARIANTS:
         optimizer = sg.small_gain(
-            problem.optimizer(rate), problem.losses, every=every, curvature=curvature
+            problem.optimizer(rate),
+            problem.losses,
+            policy="fair",
+            every=every,
+            curvature=curvature,
         )
         label = f"every={every}, {curvature}"
         runs[label] = loop(problem, optimizer, chunk, given="terms")

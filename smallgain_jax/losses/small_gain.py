@@ -599,8 +599,25 @@ def _settled(
         return move, base_state
     there, base_there = judged.watch.anchor
     back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), there, params, move)
+    base_there = _with_settings_of(base_there, base_state)
     settled: tuple[Any, Any] = select(judged.rewind, (back, base_there), (move, base_state))
     return settled
+
+
+def _with_settings_of(there: Any, here: Any) -> Any:
+    """The anchor's state, but a hyperparameter that was set since stays set."""
+
+    def kept(old: Any, new: Any) -> Any:
+        if not _is_injected(old):
+            return old
+        inner = _with_settings_of(old.inner_state, new.inner_state)
+        return old._replace(hyperparams=new.hyperparams, inner_state=inner)
+
+    return jax.tree.map(kept, there, here, is_leaf=_is_injected)
+
+
+def _is_injected(node: Any) -> bool:
+    return hasattr(node, "hyperparams") and hasattr(node, "inner_state")
 
 
 def _next_wait(
