@@ -54,6 +54,22 @@ def x64(request):
         yield request.param
 
 
+PROGRAMS = 100
+"""Tests after which a process forgets its compiled programs: thousands of them fill the memory, and
+every pass of the garbage collector looks at each."""
+_seen = 0
+
+
+@pytest.fixture(autouse=True)
+def forgets():
+    """Memory that does not grow with the number of tests."""
+    global _seen
+    yield
+    _seen += 1
+    if _seen % PROGRAMS == 0:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def eps(x64) -> float:
     """Unit of rounding of the default dtype."""
