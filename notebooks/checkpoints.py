@@ -159,9 +159,8 @@ for axis in axes:
 # %% [markdown]
 # ## Accumulated gradients
 #
-# `MultiSteps(small_gain(...), k)` weighs by the last of its k batches: what moves is
-# $\frac1k \sum_j g_j + \sum_l (w_l - 1)\, g_l$ with $g_l$ from that batch alone. With k batches of
-# one kind this has the right mean and more noise. `small_gain(MultiSteps(...))` weighs every batch.
+# `MultiSteps(small_gain(...), k)` hands over a mean over k batches, which is no multiple of the
+# last one's gradient: it cannot be reweighted. `small_gain(MultiSteps(...))` weighs every batch.
 # The limit is that of the update it makes after k of them. Counts are of batches there, so `every`
 # is k times as large.
 

@@ -441,11 +441,11 @@ def test_flowjax_with_losses_closed_over_the_data():
         max_epochs=10,
         show_progress=False,
     )
-    ours, losses = fit(optimizer=fair(lambda p: split(p, static, points)))
+    # this trainer's gradient is that of a mini-batch, the losses' that of all points
+    with pytest.warns(UserWarning, match="no multiple of the gradient"):
+        ours, losses = fit(optimizer=fair(lambda p: split(p, static, points)))
+        jax.effects_barrier()
     assert losses["train"][-1] < losses["train"][0]
-    plain, _ = fit(optimizer=optax.adam(1e-2))
-    at = [unwrap(flow).bijection.loc for flow in (ours, plain)]
-    assert not np.allclose(*at, atol=1e-4)
 
 
 @pytest.fixture
@@ -488,7 +488,11 @@ def test_dynamax_in_a_loop_of_ones_own(broadcasting):
         return (optax.apply_updates(free, updates), state), value
 
     (_, state), values = jax.lax.scan(step, (free, optimizer.init(free)), length=STEPS)
-    assert_trained(state, values[0], values[-1])
+    assert values[-1] < values[0]
+    np.testing.assert_allclose(state.info.fit, 1, rtol=1e-5)
+    # each loss rules the direction of its own curvature: no weight would change its share
+    assert np.all(state.info.cost > 0)
+    np.testing.assert_allclose(state.info.response, 0, atol=1e-3)
 
 
 def remembering(optimizer):
@@ -514,7 +518,8 @@ def test_dynamax_whose_trainer_passes_no_parameters(broadcasting):
     ours, losses = fit(optimizer=remembering(fair(split)))
     assert losses[-1] < losses[0]
     plain, _ = fit(optimizer=optax.adam(1e-2))
-    assert not np.allclose(ours.emissions.means, plain.emissions.means, atol=1e-4)
+    # as in the loop above, shares do not answer
+    np.testing.assert_allclose(ours.emissions.means, plain.emissions.means, rtol=1e-2)
 
 
 # optax's own wrappers

@@ -43,7 +43,10 @@ def factories(monkeypatch):
         return sg.throttle(optax.sgd(learning_rate, momentum), learning_rate)
 
     def sg_kappa(learning_rate, momentum=None):
-        return optax.chain(optax.sgd(learning_rate, momentum), sg.kappa_budget(1e6))
+        # optax's parameters have three axes, and no name that tells a layout
+        layers = lambda path, leaf: sg.Layer() if leaf.ndim > 1 else None
+        rail = sg.kappa_budget(1e6, layers=layers)
+        return optax.chain(optax.sgd(learning_rate, momentum), rail)
 
     for factory in (sg_sgd, sg_adam, sg_throttle, sg_kappa):
         monkeypatch.setattr(alias, factory.__name__, factory, raising=False)

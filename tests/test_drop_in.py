@@ -547,3 +547,58 @@ def test_skipped_updates_move_nothing_and_are_measured_later():
         state, x = new, optax.apply_updates(x, updates)
     assert state.info.skipped == 20
     np.testing.assert_allclose(state.info.cost[:, 0], [2, 20], rtol=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("factor", [-3.0, 0.5])
+def test_what_comes_after_it_turns_the_guard_off_and_is_reported(factor):
+    """The way back is an update like another: scaled, it leads elsewhere, once."""
+    fn = lambda x: {"a": 50 * jnp.sum(x**2)}
+    inner = sg.small_gain(optax.sgd(0.04 / factor), fn)
+
+    def behind():
+        found = train(optax.chain(inner, optax.scale(factor)), fn, jnp.ones(2), 60)
+        jax.effects_barrier()
+        return found
+
+    with pytest.warns(UserWarning, match=r"did not arrive.*inside"):
+        _, state = behind()
+    assert state[0].info.rewinds == 1
+    assert state[0].watch.lost
+
+
+@pytest.mark.once
+def test_accumulation_around_it_keeps_the_batch_in_one_line():
+    losses = sg.terms(lambda p, x: {"f": jnp.mean((x * p - x) ** 2)}, names=("f",))
+    optimizer = optax.MultiSteps(sg.small_gain(optax.sgd(0.1), losses), 2)
+    step = sg.train_step(losses, optimizer)
+    params = jnp.zeros(())
+    state = optimizer.init(params)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(40):
+            params, state, _ = step(params, state, jnp.ones(4))
+    np.testing.assert_allclose(params, 1, atol=0.05)
+
+
+@pytest.mark.once
+def test_mistakes_are_named():
+    losses = sg.terms(
+        lambda p, x: {"total": jnp.sum(p * x), "b": jnp.sum(p**2)}, names=("total", "b")
+    )
+    optimizer = sg.small_gain(optax.sgd(0.1), losses)
+    x = jnp.ones(2)
+    state = optimizer.init(x)
+    with pytest.raises(ValueError, match=r"'total' and 'aux' are keys"):
+        sg.train_step(losses, optimizer)(x, state, x)
+    with pytest.raises(TypeError, match=r"order is step\(params, state"):
+        sg.train_step(losses, optimizer)(state, x, x)
+    with pytest.raises(TypeError, match=r"order is\s+update\(gradient, state, params\)"):
+        optimizer.update(x, x, state)
+    with pytest.raises(TypeError, match="names must be given"):
+        sg.small_gain(optax.sgd(0.1), lambda p, x: {"a": jnp.sum(p)})
+    with pytest.raises(TypeError, match=r"names=\('fit',\)"):
+        sg.terms(lambda p: {"fit": p}, names="fit")
+    for wrong in ({"warmup": -5}, {"priorities": (1.0, 2.0)}, {"anneal": lambda count: 1.0}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            sg.small_gain(optax.sgd(0.1), losses, **wrong)

@@ -45,7 +45,14 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     """Sharpness over the limit: at its largest, and over the last fifth of the run."""
     problem = digits.problem()
     optimizer = sg.small_gain(
-        OPTIMIZERS[name], problem.losses, floor=1, ceiling=1, guard=None, every=5, iterations=3
+        OPTIMIZERS[name],
+        problem.losses,
+        policy="fair",
+        floor=1,
+        ceiling=1,
+        guard=None,
+        every=5,
+        iterations=3,
     )
 
     def step(carry: Any, _: None) -> tuple[Any, Any]:

@@ -149,8 +149,10 @@ def held_foreign(held: jax.Array, fit: jax.Array) -> jax.Array:
     return jnp.where(is_foreign(fit), HELD, jnp.maximum(held - 1, 0)).astype(jnp.int32)
 
 
-def report(fit: Any) -> None:
-    """Warn, from the host."""
+def report(fit: Any, new: Any) -> None:
+    """Warn, from the host; under `vmap` a branch is taken by all members if by one."""
+    if not new:
+        return
     warnings.warn(
         f"small_gain was handed updates that are no multiple of the gradient of the plain sum of "
         f"its losses (cosine {float(fit):.3f}), so that it cannot reweight them and hands them on "
@@ -158,5 +160,18 @@ def report(fit: Any) -> None:
         "small_gain(optax.chain(optax.clip(1.0), optax.adam(1e-3)), losses); hand over the "
         "gradient of the sum of these very losses on term_args; or say weighted=True for the "
         "gradient of the sum by state.weights.",
+        stacklevel=2,
+    )
+
+
+def report_missed(missed: Any) -> None:
+    """Warn of a transformation behind this one, from the host."""
+    if not missed:
+        return
+    warnings.warn(
+        "small_gain took parameters back to where the loss was lower, and they did not arrive: a "
+        "transformation after it changes its updates, so that its guard is off from now on. Put "
+        "what comes after it inside, as in small_gain(optax.chain(optax.scale_by_adam(), "
+        "optax.scale(-1e-3)), losses).",
         stacklevel=2,
     )

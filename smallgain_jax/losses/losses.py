@@ -169,13 +169,17 @@ class Losses(eqx.Module):
         """Names of the terms, from the names given or by tracing the function once."""
         if self.names is not None:
             return self.names
-        missing = self.lacks(Batch(args, kwargs))
+        self.check_countable(Batch(args, kwargs))
+        return self.names_of_batch(params, *args, **kwargs)
+
+    def check_countable(self, batch: Batch = Batch()) -> None:  # noqa: B008
+        """Raise where neither names nor all arguments are known."""
+        missing = None if self.names is not None else self.lacks(batch)
         if missing is not None:
             raise TypeError(
                 "names must be given, as in terms(fn, names=('residual', 'boundary')): fn takes "
                 f"{missing!r} besides the parameters, so its terms cannot be counted beforehand"
             )
-        return self.names_of_batch(params, *args, **kwargs)
 
     def names_of_batch(self, params: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:
         """Names of the terms where all arguments are known."""
@@ -285,6 +289,8 @@ def terms(
     """
     if not callable(fn):
         raise TypeError(f"fn must be a function of the parameters, got {type(fn).__name__}")
+    if isinstance(names, str):
+        raise TypeError(f"names must be a tuple of names, as in names=({names!r},)")
     if names is not None:
         names = tuple(names)
         if not names or len(set(names)) != len(names):

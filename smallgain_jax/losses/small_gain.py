@@ -15,6 +15,7 @@ from optax.experimental import aggregating
 from smallgain_jax._checks import (
     PARAMS_NEEDED,
     cast_like,
+    check_count,
     check_fraction,
     check_optimizer,
     check_positive,
@@ -24,7 +25,15 @@ from smallgain_jax._checks import (
 from smallgain_jax._tree import select, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
-from smallgain_jax.losses.incoming import Given, Incoming, held_foreign, is_foreign, observe, report
+from smallgain_jax.losses.incoming import (
+    Given,
+    Incoming,
+    held_foreign,
+    is_foreign,
+    observe,
+    report,
+    report_missed,
+)
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
 from smallgain_jax.losses.policies import POLICIES, WORTHS, decide
 from smallgain_jax.losses.prices import (
@@ -44,11 +53,22 @@ from smallgain_jax.losses.state import (
     highest,
     initial_state,
 )
-from smallgain_jax.losses.watch import LEARNING, Verdict, WatchState, judge, regrown
+from smallgain_jax.losses.watch import (
+    LEARNING,
+    Verdict,
+    WatchState,
+    arrived,
+    judge,
+    regrown,
+    way_back,
+)
 from smallgain_jax.spectral.power import Blocks, label_blocks
 
 STATIC = ("blocks", "metric", "anneal", "rounds")
 """Functions and shapes, no hyperparameters: `static_args` of `optax.inject_hyperparams`."""
+
+READING = 10
+"""Looks among which one prices a loss where no decision rests on prices: they are for reading."""
 
 ADAPTIVE_WARMUP = 100
 """Updates before second moments mean anything; with beta_2 = 0.999 they average a tenth then."""
@@ -89,7 +109,8 @@ def loss_small_gain(
     are estimates from below, no guarantees. Then the policy moves the weights:
 
     * "reference", the default, leaves them at 1: the objective is the one that the user wrote, and
-      what is handed in goes to the base optimizer as it is. Prices are for reading.
+      what is handed in goes to the base optimizer as it is. Prices are for reading, and measured at
+      every tenth look only.
     * "fair" moves $\log w_k$ towards $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional
       fairness (Kelly, Maulloo and Tan 1998) at the total cost of the reference: every loss gets its
       share of the margin. For losses in arbitrary units that can all vanish (physics-informed
@@ -168,6 +189,7 @@ def loss_small_gain(
     ([0.5, 0.5], [25.5, 0.5])
     """
     check_optimizer("base_optimizer", base_optimizer)
+    terms.check_countable()
     settings = Settings(
         limit=limit,
         metric=metric,
@@ -291,6 +313,7 @@ def _transformation(
             log_weights=decision.log_weights,
             scores=decision.scores,
             turn=measured.turn,
+            looks=state.looks + due,
             wait=_next_wait(settings, state, judged, measured, healthy, due, blind),
             misses=measured.misses,
             reported=decision.reported,
@@ -344,6 +367,11 @@ def _checked(params: Any, state: TrainingState, given: Given) -> Given:
     """What the caller gives, once it has been looked at."""
     if params is None:
         raise ValueError(PARAMS_NEEDED)
+    if not isinstance(state, TrainingState):
+        raise TypeError(
+            f"state is {type(state).__name__}, not a TrainingState: the order is "
+            "update(gradient, state, params)"
+        )
     if given.term_grads is not None:
         _check_term_grads(given.term_grads, params, state.weights.shape[0])
     if given.term_values is None:
@@ -460,8 +488,8 @@ def _decide(
         )
         foreign = is_foreign(seen.fit)
         if settings.reweights:
-            alarm = partial(jax.debug.callback, report, seen.fit)
-            jax.lax.cond(foreign & ~state.reported, alarm, lambda: None)
+            new = foreign & ~state.reported
+            jax.lax.cond(new, partial(jax.debug.callback, report, seen.fit, new), lambda: None)
         balance, ratio = info.balance_residual, info.interaction_ratio
         if seen.gradients is not None:
             balance, ratio = balance_residual(seen.gradients), interaction_ratio(seen.gradients)
@@ -469,7 +497,11 @@ def _decide(
         reported = state.reported | foreign
         return cast_like(_Decision(measured, log_weights, scores, balance, ratio, reported), kept)
 
-    found: _Decision = when(due & (state.count >= warmup), look, lambda: kept)
+    asked = due & (state.count >= warmup)
+    if not settings.reweights and isinstance(settings.guard, str | None) and not settings.row_gains:
+        first = ~(info.sharpness > 0) | (state.misses > 0)
+        asked = asked & (first | (state.looks % READING == 0))
+    found: _Decision = when(asked, look, lambda: kept)
     return found
 
 
@@ -495,6 +527,7 @@ def _judge(
     def look() -> _Judgement:
         anchor_params, _ = watch.anchor
         here, there = values(params), values(anchor_params)
+        distance = way_back(params, anchor_params, state.weights.dtype)
         info = state.info
         known = (info.sharpness > 0) & (info.limit < highest(info.limit.dtype))
         safe = settings.target * info.limit / jnp.where(known, info.sharpness, 1)
@@ -504,9 +537,15 @@ def _judge(
             jnp.vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
+        first, missed = arrived(watch, distance)
+        verdict = select(watch.way > 0, first, verdict)
+        rewind = verdict.rewind & ~watch.lost
+        way = jnp.where(rewind, distance, 0)
         anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
+        alarm = partial(jax.debug.callback, report_missed, missed)
+        jax.lax.cond(missed, alarm, lambda: None)
         here = jnp.where(jnp.isfinite(here), here, info.losses)
-        found = _Judgement(verdict.watch._replace(anchor=anchor), verdict.rewind, here)
+        found = _Judgement(verdict.watch._replace(anchor=anchor, way=way), rewind, here)
         return cast_like(found, kept)
 
     found: _Judgement = when(due & (state.count > 0), look, lambda: kept)
@@ -636,7 +675,8 @@ def _next_wait(
         interval = jnp.minimum(interval, 2 ** jnp.minimum(watch.checks, 2 * LEARNING))
     open_ = (watch.suspect > 0) | (measured.misses > 0)
     wait = jnp.where(due, interval - 1, jnp.maximum(state.wait - healthy, 0))
-    return jnp.where(judged.rewind, 1, jnp.where(open_, 0, wait))
+    # after a rewind the next update looks where it led
+    return jnp.where(judged.rewind | open_, 0, wait)
 
 
 def _info(
@@ -719,6 +759,10 @@ def _check(settings: Settings) -> None:
     for name in ("every", "iterations"):
         if is_concrete(getattr(settings, name)) and getattr(settings, name) < 1:
             raise ValueError(f"{name} = {getattr(settings, name)} must be at least 1")
+    check_count("warmup", settings.warmup, 0)
+    for name in ("priorities", "anneal"):
+        if getattr(settings, name) is not None and not settings.reweights:
+            raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
     if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
         raise ValueError(f"priorities = {settings.priorities} must be positive")
     for name in ("floor", "ceiling", "max_gain"):

@@ -94,7 +94,8 @@ class TrainingState(NamedTuple):
     log_weights: jax.Array  # [K] as decided, before any return to the reference
     scores: jax.Array  # [K] moving averages of value over cost
     turn: jax.Array  # [] int32, the loss to be priced next; K for the sum
-    wait: jax.Array  # [] int32, updates until then
+    wait: jax.Array  # [] int32, updates until the next look
+    looks: jax.Array  # [] int32, looks so far
     misses: jax.Array  # [] int32, measurements in a row that found nothing at this turn
     reported: jax.Array  # [] bool, whether foreign updates have been reported
     foreign: jax.Array  # [] int32, updates for which what comes in still counts as foreign
@@ -152,6 +153,7 @@ def initial_state(
         scores=full(0, num_terms),
         turn=zero_count(),
         wait=zero_count(),
+        looks=zero_count(),
         misses=zero_count(),
         reported=jnp.zeros((), bool),
         foreign=zero_count(),

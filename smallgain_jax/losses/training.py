@@ -1,6 +1,7 @@
 """One line for those who want no loop of their own: a compiled step of training on losses."""
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import check_optimizer
-from smallgain_jax.losses.losses import Batch, Losses
+from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.state import TrainingState
 
 Step = Callable[..., tuple[Any, Any, dict[str, Any]]]
@@ -54,10 +55,17 @@ def train_step(
     """
     check_optimizer("optimizer", optimizer)
     own = losses if isinstance(losses, Losses) else Losses(losses, None, None)
-    optimizer = optax.with_extra_args_support(optimizer)
+    update = _with_extra_args(optimizer)
 
     def step(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
+        if isinstance(params, TrainingState):
+            raise TypeError("params is a state: the order is step(params, state, *args)")
+        check_params(params)
         names = own.names_of_batch(params, *args, **kwargs)
+        if {"total", "aux"} & set(names):
+            raise ValueError(
+                f"names = {names}: 'total' and 'aux' are keys of the metrics, name it otherwise"
+            )
         weights = _weights(state, len(names))
         found, gradient = own.value_and_weighted_grad(weights, params, *args, **kwargs)
         values, aux = found if own.has_aux else (found, None)
@@ -69,7 +77,7 @@ def train_step(
             del term_args, term_values, weighted
             return jnp.vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
 
-        updates, state = optimizer.update(
+        updates, state = update(
             gradient,
             state,
             params,
@@ -95,6 +103,15 @@ def train_step(
         return found
 
     return train
+
+
+def _with_extra_args(optimizer: Any) -> Callable[..., Any]:
+    """An `update` that takes extra arguments: `optax.MultiSteps` does, and is no transformation."""
+    parameters = signature(optimizer.update).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        found: Callable[..., Any] = optimizer.update
+        return found
+    return optax.with_extra_args_support(optimizer).update
 
 
 def _unaliased(tree: Any) -> Any:

@@ -11,7 +11,9 @@ A rise of more than `OUT` typical differences, and of more than a quarter of all
 batch confirms it: parameters
 and base optimizer go back to the anchor, and steps are a quarter as long from then on, which fades
 by 0.1 % an update. Momentum that was built up on the way out goes with them, which no factor on the
-step can achieve.
+step can achieve. A transformation that comes after this one and changes its updates would change
+the way back, too: whether the anchor was reached is looked at, and if not, nothing is rewound any
+more.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import select, zero_count
+from smallgain_jax._tree import safe_norm, select, zero_count
 
 OUT = 10.0
 """Typical differences beyond which a rise is no ordinary one: losses have tails like exp(-x)."""
@@ -35,6 +37,8 @@ LEARNING = 5
 """Checks that set the scale of differences; where all of them rise there is no scale to learn."""
 FOLLOW = 0.1
 """Weight of the newest difference in the typical one."""
+ARRIVED = 0.05
+"""Part of the way back that may be missing: parameters of few bits round it."""
 REGROWTH = 1.001
 """Per update: a quarter of a step is whole again after 1,387."""
 
@@ -49,6 +53,8 @@ class WatchState(NamedTuple):
     rises: jax.Array  # [] int32, of these, all from the first on
     suspect: jax.Array  # [] int32, checks in a row that found a rise beyond `OUT`
     backoff: jax.Array  # [] factor on steps, in (0, 1]
+    way: jax.Array  # [] length of the way back that the last update asked for; 0 for none
+    lost: jax.Array  # [] bool, whether such a way did not lead to the anchor
 
 
 class Verdict(NamedTuple):
@@ -64,7 +70,15 @@ def first_watch(params: Any, base_state: Any, dtype: Any, on: bool) -> WatchStat
     anchor = jax.tree.map(jnp.array, (params, base_state)) if on else ()
     zero = jnp.zeros((), dtype)
     return WatchState(
-        anchor, zero, jnp.array(zero), zero_count(), zero_count(), zero_count(), jnp.ones((), dtype)
+        anchor=anchor,
+        typical=zero,
+        progress=jnp.array(zero),
+        checks=zero_count(),
+        rises=zero_count(),
+        suspect=zero_count(),
+        backoff=jnp.ones((), dtype),
+        way=jnp.array(zero),
+        lost=jnp.zeros((), bool),
     )
 
 
@@ -96,8 +110,7 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
     typical = jnp.where(learning, jnp.maximum(watch.typical, size), followed)
     shorter = jnp.minimum(watch.backoff / 4, safe)
     advance = usual & ((rise <= 0) | (~learning & (rise <= watch.typical)))
-    after = WatchState(
-        anchor=watch.anchor,
+    after = watch._replace(
         progress=jnp.where(advance, jnp.maximum(watch.progress - rise, 0), watch.progress),
         typical=jnp.where(rewind, 0, jnp.where(usual, typical, watch.typical)),
         checks=jnp.where(rewind, 0, watch.checks + usual),
@@ -112,3 +125,15 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
 def regrown(watch: WatchState) -> WatchState:
     """One update later."""
     return watch._replace(backoff=jnp.minimum(REGROWTH * watch.backoff, 1))
+
+
+def way_back(params: Any, anchor: Any, dtype: Any) -> jax.Array:
+    """Distance [] of the parameters from the anchor's."""
+    return safe_norm(jax.tree.map(jnp.subtract, params, anchor), dtype)
+
+
+def arrived(watch: WatchState, distance: jax.Array) -> tuple[Verdict, jax.Array]:
+    """What to make of the first look after a rewind, and whether the anchor was missed."""
+    missed = (watch.way > 0) & ~(distance <= ARRIVED * watch.way)
+    after = watch._replace(way=jnp.zeros_like(watch.way), lost=watch.lost | missed)
+    return Verdict(after, jnp.zeros((), bool), missed), missed
