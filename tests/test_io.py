@@ -996,3 +996,11 @@ def read_csv_typed(path):
     plain = text["node"].str.contains(r"^(0|[1-9]\d*)$").all()
     node = pl.col("node").cast(pl.Int64) if plain else pl.col("node")
     return text.with_columns(node, pl.exclude("node").cast(pl.Float64))
+
+
+@pytest.mark.once
+def test_a_table_without_a_line_of_names_is_told_to_have_one(tmp_path):
+    path = tmp_path / "edges.csv"
+    path.write_text("a,b,0.5\nb,c,0.5\n")
+    with pytest.raises(sg.io.FileFormatError, match="looks like data: put a line of names"):
+        sg.io.read_graph(path)

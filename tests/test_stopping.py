@@ -210,3 +210,51 @@ def test_another_metric():
     )
     by_rows, by_exact = (jax.grad(loss(m))(jnp.full(n, 1e-1)) for m in ("rows", metric))
     np.testing.assert_allclose(by_exact, by_rows, atol=1e-7)
+
+
+CHANGES = {
+    "targets": lambda: (dict(target=[1.0, 1.0]), {}, None),
+    "weights": lambda: (dict(weight=3.0), {}, None),
+    "bounds": lambda: ({}, dict(bounds=(0.0, 0.4)), None),
+    "start": lambda: ({}, {}, [0.9, 0.1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("steps", [1, 100])
+def test_a_state_of_another_problem_is_forgotten(change, steps):
+    """Whoever relaxes again with something changed hands over a state that knows the old."""
+
+    def graph(target=(0.0, 1.0), weight=1.0):
+        local = sg.Landau(a=[1.0, 1.0], target=jnp.asarray(target, float))
+        return sg.EnergyGraph(local, [sg.Quadratic([0], [1], weight)])
+
+    changed, given, start = CHANGES[change]()
+    first = sg.relax(graph(), jnp.zeros(2), steps=steps)
+    x0 = first.x if start is None else jnp.asarray(start, float)
+    again = sg.relax(graph(**changed), x0, state=first.state, **given)
+    fresh = sg.relax(graph(**changed), x0, **given)
+    assert again.info.converged
+    np.testing.assert_allclose(again.x, fresh.x, atol=1e-4)
+
+
+@pytest.mark.once
+def test_more_mistakes_are_named():
+    graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1])])
+    larger = sg.EnergyGraph(sg.Landau(a=jnp.ones(40)), [sg.Quadratic(range(39), range(1, 40))])
+    x = jnp.zeros(2)
+    with pytest.raises(TypeError, match="one a node"):
+        sg.relax(graph, x, bounds=[(0, 1), (0, 1)])
+    with pytest.raises(TypeError, match=r"steps = 10\.0 must be an int"):
+        sg.relax(graph, x, steps=10.0)
+    with pytest.raises(ValueError, match=r"state is of parameters of shape \(2,\)"):
+        sg.relax(larger, jnp.zeros(40), state=sg.relax(graph, x).state)
+    with pytest.raises(ValueError, match="hierarchy is of 40 nodes"):
+        sg.relax(graph, x, metric=sg.multilevel(larger))
+    with pytest.raises(TypeError, match=r"gradient_transformation\(\)"):
+        sg.relax(graph, x, optax.MultiSteps(optax.sgd(0.1), 2))
+    with pytest.raises(TypeError, match="function majorized_descent"):
+        sg.relax(graph, x, sg.majorized_descent)
+    plain = sg.relax(graph, x).x
+    for metric in ("auto", None, sg.choose_metric(graph)):
+        np.testing.assert_array_equal(sg.relax(graph, x, metric=metric).x, plain)

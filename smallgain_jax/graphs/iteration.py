@@ -9,10 +9,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from smallgain_jax._checks import cast_like
 from smallgain_jax.graphs.descent import SMOOTHING
 from smallgain_jax.graphs.graph import EnergyGraph, Evaluation
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import RelaxStatus, length_scale, optimality, projected_step
+
+SAME = 64
+"""Units in the last place by which a stored gradient may differ from the present one."""
 
 
 @runtime_checkable
@@ -75,10 +79,7 @@ def start(run: Run, x0: jax.Array, state: Any) -> Iterate:
     if state is None:
         state, here = run.optimizer.init(x), run.graph.evaluate(x)
     elif isinstance(state, Informed):
-        known = partial(_evaluate, run, x, state)
-        here = jax.lax.cond(
-            jnp.isfinite(state.value), known, lambda: _cast(run.graph.evaluate(x), x)
-        )
+        here, state = _continued(run, x, state)
     else:
         here = _evaluate(run, x, state)
     here = _cast(here, x)
@@ -98,6 +99,29 @@ def start(run: Run, x0: jax.Array, state: Any) -> Iterate:
         here.value,
     )
     return _judged(run, first)
+
+
+def _continued(run: Run, x: jax.Array, state: Any) -> tuple[Evaluation, Any]:
+    """What a state knows, if it is of this graph at these parameters; else a new start.
+
+    Who relaxes again with other targets, weights or parameters hands over a state that knows
+    another objective; what it stored agrees with the present one to rounding, or is forgotten.
+    """
+    if state.grad.shape != x.shape:
+        raise ValueError(
+            f"state is of parameters of shape {state.grad.shape}, not {x.shape}: it goes on with "
+            "the graph and the x that it was made for"
+        )
+    fresh = _cast(run.graph.evaluate(x), x)
+    rows = run.graph.rows(x, SMOOTHING).astype(x.dtype)
+    rounding = SAME * jnp.finfo(x.dtype).eps * (jnp.abs(fresh.gradient) + rows * (1 + jnp.abs(x)))
+    same = jnp.isfinite(state.value) & jnp.all(jnp.abs(state.grad - fresh.gradient) <= rounding)
+    stored = _cast(Evaluation(state.value, state.grad, state.magnitude), x)
+    begun = run.optimizer.init(x)
+    found: tuple[Evaluation, Any] = jax.lax.cond(
+        same, lambda: (stored, state), lambda: (fresh, cast_like(begun, state))
+    )
+    return found
 
 
 def loop(run: Run, first: Iterate, limit: jax.Array, capacity: int) -> Path:

@@ -136,6 +136,10 @@ class Hierarchy(eqx.Module):
         Returns:
           A `Cycle`: call it with g [n] or [n, d].
         """
+        if x.shape[0] != self.sizes[0]:
+            raise ValueError(
+                f"metric: the hierarchy is of {self.sizes[0]} nodes, the graph has {x.shape[0]}"
+            )
         coupling, local = self._values(graph, x, rows)
         return self._cycle(coupling, local, free)
 

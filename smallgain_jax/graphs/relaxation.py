@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, is_concrete
+from smallgain_jax._checks import as_float, check_finite, check_optimizer, is_concrete
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
+from smallgain_jax.graphs.choice import MetricChoice, choose_metric
 from smallgain_jax.graphs.descent import Metric, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.search.box import Box
@@ -89,10 +90,12 @@ def relax(
         in single), 0 goes on until stalled. Entries of `energy` after the end repeat the last.
       adjoint: "implicit" or "unrolled".
       metric: what conditions the gradient, in the steps of the default optimizer and in the
-        implicit adjoint: "rows", or an object with a method
-        `precondition(graph, x, rows, free) -> (g -> z)`.
+        implicit adjoint: "rows"; an object with a method
+        `precondition(graph, x, rows, free) -> (g -> z)`, as `multilevel(graph)`; or "auto", which
+        asks `choose_metric` (on the host, at every call: keep its answer for many).
       record: `record(optimizer_state) -> pytree`, taken after every update into `info.history`.
-      state: optimizer state to continue from, as in `RelaxResult.state`.
+      state: optimizer state to continue from, as in `RelaxResult.state`. What it stored of another
+        graph, or of other parameters, is forgotten.
 
     Returns:
       `RelaxResult(x, energy [steps + 1], info, state)`.
@@ -108,6 +111,7 @@ def relax(
     >>> result.x.round(4).tolist(), RelaxStatus(int(result.info.status)).name
     ([0.0, 0.0], 'CONVERGED')
     """
+    metric = _chosen(metric, graph, x0)
     _check(graph, optimizer, steps, tol, adjoint, metric)
     x0 = as_float("x0", x0)
     if x0.ndim not in (1, 2) or x0.shape[0] != graph.num_nodes:
@@ -145,6 +149,15 @@ class _Problem(NamedTuple):
     state: Any
 
 
+def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
+    """The metric that "auto" or a `MetricChoice` stands for."""
+    if isinstance(metric, str) and metric == "auto" and isinstance(graph, EnergyGraph):
+        metric = choose_metric(graph, x0)
+    if isinstance(metric, MetricChoice):
+        metric = metric.hierarchy
+    return "rows" if metric is None else metric
+
+
 def _check(
     graph: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
 ) -> None:
@@ -152,11 +165,15 @@ def _check(
         raise TypeError(
             f"graph must be an EnergyGraph, got {type(graph).__name__}: relax(graph, x0, ...)"
         )
-    if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        hint = "; call the factory: optax.adam(1e-2)" if callable(optimizer) else ""
+    if optimizer is not None:
+        check_optimizer("optimizer", optimizer)
+    if not isinstance(optimizer, optax.GradientTransformation | None):
         raise TypeError(
-            f"optimizer must be an optax transformation, got {type(optimizer).__name__}{hint}"
+            f"optimizer is {type(optimizer).__name__}, no transformation: "
+            "call its gradient_transformation(), as of optax.MultiSteps"
         )
+    if not isinstance(steps, int | np.integer):
+        raise TypeError(f"steps = {steps!r} must be an int: it bounds the length of the history")
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
     if tol is not None and is_concrete(tol) and np.isnan(np.asarray(tol, float)).any():
@@ -166,15 +183,21 @@ def _check(
     known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")
     if not known:
         raise ValueError(
-            f"metric = {metric!r} is unknown: 'rows', or an object with a method precondition"
+            f"metric = {metric!r} is unknown: 'rows', 'auto', or an object with a method "
+            "precondition, as sg.multilevel(graph)"
         )
 
 
-def _box(bounds: tuple[ArrayLike, ArrayLike] | None, x0: jax.Array) -> Box | None:
+def _box(bounds: Any, x0: jax.Array) -> Box | None:
     if bounds is None:
         return None
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError(f"bounds must be a pair (lower, upper) or None, got {bounds!r}")
+        raise TypeError("bounds must be a pair (lower, upper) or None")
+    if isinstance(bounds, list) and all(isinstance(end, tuple) for end in bounds):
+        raise TypeError(
+            "bounds is a list of pairs, one a node: give the pair (lower, upper), each a number "
+            "or shaped like x0"
+        )
     for name, end in zip(("lower", "upper"), bounds, strict=True):
         if jnp.shape(end) not in ((), x0.shape):
             raise ValueError(

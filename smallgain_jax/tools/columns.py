@@ -168,11 +168,22 @@ def _position(sheet: Sheet, names: Sequence[str], name: str) -> int:
     return names.index(name) if name in names else -1
 
 
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
 def _fail_missing(sheet: Sheet, name: str) -> NoReturn:
     there = ", ".join(repr(h) for h in sheet.header) or "none"
     how = f", separated by {shown_separator(sheet.separator)}" if sheet.separator else ""
     roles = ("source", "target", "node")
     flag = f"; name the column that it is with --{name}" if name in roles else ""
+    if any(map(_is_number, sheet.header)):
+        # naming columns after a first edge would lose that edge
+        flag = "; this line looks like data: put a line of names before it, as source,target,weight"
     problem = f"the column is missing: there are {there}{how}{flag}"
     raise FileFormatError(sheet.path, sheet.header_line, name, problem)
 
