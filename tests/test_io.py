@@ -1002,5 +1002,5 @@ def read_csv_typed(path):
 def test_a_table_without_a_line_of_names_is_told_to_have_one(tmp_path):
     path = tmp_path / "edges.csv"
     path.write_text("a,b,0.5\nb,c,0.5\n")
-    with pytest.raises(sg.io.FileFormatError, match="looks like data: put a line of names"):
-        sg.io.read_graph(path)
+    with pytest.raises(FileFormatError, match="looks like data: put a line of names"):
+        read_graph(path)
