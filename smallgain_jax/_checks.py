@@ -84,13 +84,37 @@ def check_finite(name: str, value: ArrayLike, *, low: float | None = None) -> No
     if bad.any():
         where = tuple(int(k) for k in np.argwhere(bad)[0])
         index = "[" + ", ".join(map(str, where)) + "]" if where else ""
-        raise ValueError(f"{name}{index} = {host[where]} must be {reason}")
+        raise ValueError(f"{name}{index} = {host[where]!s} must be {reason}")
 
 
 def check_fraction(name: str, value: Any, *, low: float = 0.0, high: float = 1.0) -> None:
     """Raise unless a concrete scalar lies in [low, high]."""
     if is_concrete(value) and not low <= float(value) <= high:
         raise ValueError(f"{name} = {value} must lie in [{low:g}, {high:g}]")
+
+
+def check_target(value: Any) -> None:
+    """Raise unless a concrete fraction of a limit is above 0 and below 1."""
+    if is_concrete(value) and not 0 < float(value) < 1:
+        raise ValueError(f"target = {value} must lie in (0, 1): a fraction of the limit")
+
+
+def check_updates(updates: Any, params: Any) -> None:
+    """Raise unless updates have the structure and the shapes of the parameters."""
+    ours: Any = jax.tree.structure(params)
+    if jax.tree.structure(updates) != ours:
+        raise ValueError(
+            f"updates must have the tree structure of params, {ours}, got "
+            f"{jax.tree.structure(updates)}"
+        )
+    for (path, update), leaf in zip(
+        jax.tree_util.tree_leaves_with_path(updates), jax.tree.leaves(params), strict=True
+    ):
+        if jnp.shape(update) != jnp.shape(leaf):
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} has shape {jnp.shape(update)}, and params "
+                f"there {jnp.shape(leaf)}"
+            )
 
 
 def check_count(name: str, value: int | None, least: int) -> None:

@@ -15,7 +15,13 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
+from smallgain_jax._checks import (
+    PARAMS_NEEDED,
+    cast_like,
+    check_fraction,
+    check_optimizer,
+    check_positive,
+)
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 
 STATIC = ("order", "curvature", "loss", "same_batch", "power_steps")
@@ -140,6 +146,7 @@ def throttle(
     >>> bool(jnp.linalg.norm(x) < 1e-4), round(state.alpha.item(), 4)
     (True, 0.0075)
     """
+    check_optimizer("base_optimizer", base_optimizer)
     settings = _Settings(
         learning_rate,
         chi,

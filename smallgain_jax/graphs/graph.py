@@ -350,6 +350,8 @@ class EnergyGraph(eqx.Module):
         return jnp.promote_types(x.dtype, jnp.float32)
 
     def _check_state(self, x: jax.Array) -> None:
+        if not hasattr(x, "ndim"):
+            raise TypeError(f"x must be an array, got {type(x).__name__}: jnp.asarray(x)")
         if x.ndim not in (1, 2) or x.shape[0] != self.num_nodes:
             raise ValueError(
                 f"x has shape {x.shape}, expected [{self.num_nodes}] or [{self.num_nodes}, d]"

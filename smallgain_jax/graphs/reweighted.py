@@ -14,9 +14,10 @@ import optax
 from smallgain_jax._checks import (
     PARAMS_NEEDED,
     cast_like,
-    check_fraction,
     check_optimizer,
     check_positive,
+    check_target,
+    check_updates,
     float_dtype,
 )
 from smallgain_jax._tree import select
@@ -97,6 +98,12 @@ def reweighted(
     ) -> tuple[jax.Array, SmallGainState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
+        if not isinstance(state, SmallGainState):
+            raise TypeError(
+                f"state is {type(state).__name__}, not a SmallGainState: the order is "
+                "update(gradient, state, params)"
+            )
+        check_updates(updates, params)
         used = own if graph is None or not alike(graph, own) else graph
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
         decided = _decide(here, rule, state)
@@ -134,7 +141,7 @@ def _check(base_optimizer: Any, graph: Any, settings: Settings) -> None:
             f"guard = {settings.guard!r} is unknown on graphs: "
             "choose from measured, majorized, None"
         )
-    check_fraction("target", settings.target)
+    check_target(settings.target)
     if settings.limit is not None and not callable(settings.limit):
         check_positive("limit", settings.limit)
 

@@ -405,6 +405,6 @@ def _compensated_sum(rows: jax.Array) -> jax.Array:
         taken = longer - total
         return (longer, lost + ((total - (longer - taken)) + (row - taken))), None
 
-    zero = jnp.zeros_like(rows, shape=rows.shape[1:])
+    zero = jnp.zeros_like(rows[0])  # sharded as the rows are
     (total, lost), _ = jax.lax.scan(add, (zero, zero), rows)
     return total + lost

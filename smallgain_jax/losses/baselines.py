@@ -14,6 +14,7 @@ from smallgain_jax._checks import (
     check_fraction,
     check_optimizer,
     check_positive,
+    check_target,
 )
 from smallgain_jax._tree import all_finite, select, stat_dtype, zero_count
 from smallgain_jax.losses.losses import Batch, Losses, check_params
@@ -145,7 +146,7 @@ def loss_auto_cap(
     >>> loss_auto_cap(optax.sgd(0.1), losses).init(jnp.ones(2)).weights.tolist()
     [1.0]
     """
-    check_fraction("target", target)
+    check_target(target)
     guard: Any = target
     return loss_small_gain(base_optimizer, terms, target=target, guard=guard, **keywords)
 

@@ -19,6 +19,8 @@ from smallgain_jax._checks import (
     check_fraction,
     check_optimizer,
     check_positive,
+    check_target,
+    check_updates,
     float_dtype,
     is_concrete,
 )
@@ -278,7 +280,7 @@ def _transformation(
     ) -> tuple[Any, TrainingState]:
         batch = Batch.of(term_args)
         at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
-        given = _checked(params, state, Given(term_grads, term_values, weighted))
+        given = _checked(updates, params, state, Given(term_grads, term_values, weighted))
         blind = _is_blind(wiring, params, at)
 
         seen = observe(
@@ -363,7 +365,7 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     return initial_state(wiring.base, params, len(names), settings, dtype)
 
 
-def _checked(params: Any, state: TrainingState, given: Given) -> Given:
+def _checked(updates: Any, params: Any, state: TrainingState, given: Given) -> Given:
     """What the caller gives, once it has been looked at."""
     if params is None:
         raise ValueError(PARAMS_NEEDED)
@@ -372,6 +374,7 @@ def _checked(params: Any, state: TrainingState, given: Given) -> Given:
             f"state is {type(state).__name__}, not a TrainingState: the order is "
             "update(gradient, state, params)"
         )
+    check_updates(updates, params)
     if given.term_grads is not None:
         _check_term_grads(given.term_grads, params, state.weights.shape[0])
     if given.term_values is None:
@@ -770,5 +773,6 @@ def _check(settings: Settings) -> None:
     low, high = settings.floor, settings.ceiling
     if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
         raise ValueError(f"floor = {low} must not exceed ceiling = {high}")
-    for name in ("budget_fraction", "max_step_change", "ema", "target"):
+    check_target(settings.target)
+    for name in ("budget_fraction", "max_step_change", "ema"):
         check_fraction(name, getattr(settings, name))
