@@ -175,20 +175,20 @@ for name, base in METHODS.items():
 SHOWN = 3e-3
 STYLES = {"digit": "C0-", "parity": "C1--", "image": "C2-."}
 history = {name: runs[name, SHOWN][0][1] for name in METHODS}
-mine = history["small_gain"]
+mine = history["fair shares"]
 priced = np.asarray(mine["ratio"]) > 0  # weights are held until second moments mean something
 figure, axes = plt.subplots(2, 2, figsize=(11, 6.4), sharex=True, layout="constrained")
 for k, loss in enumerate(losses.names):
     style = STYLES[loss]
     axes[0, 0].plot(np.where(priced, mine["share"][:, k], np.nan), style, label=loss)
     axes[1, 0].semilogy(mine["weights"][:, k], style, label=loss)
-    for name, shade in (("equal weights", 0.45), ("small_gain", 1.0)):
+    for name, shade in (("equal weights", 0.45), ("fair shares", 1.0)):
         smooth = np.convolve(history[name]["losses"][:, k], np.ones(20) / 20, "valid")
         axes[1, 1].semilogy(
             np.arange(len(smooth)) + 20, smooth, style, alpha=shade, label=f"{loss}, {name}"
         )
 axes[0, 0].set(ylabel="share of the total cost", ylim=(0, 1), title="shares")
-axes[0, 1].semilogy(np.where(priced, mine["ratio"], np.nan), "k", label="small_gain")
+axes[0, 1].semilogy(np.where(priced, mine["ratio"], np.nan), "k", label="fair shares")
 axes[0, 1].axhline(1, color="k", linestyle=":", label="limit")
 axes[0, 1].set(ylabel="sharpness / limit", title="margin")
 axes[1, 0].set(xlabel="update", ylabel="weight", title="weights")

@@ -77,7 +77,7 @@ def seconds(run):
 
 # %%
 STIFF = 1 / (2 * 0.05**2)
-TOL = 1e-5  # largest projected gradient step
+TOL = 1e-8  # largest step that the rows favour, over the width of the box
 FLOOR = 0.01  # of a variance: some pixels are always black
 ROUNDING = (1 / 16) ** 2 / 12
 

@@ -462,7 +462,10 @@ def test_the_large_network_has_ten_million_parameters_and_learns():
     assert sum(leaf.size for leaf in jax.tree.leaves(whole)) >= 10_000_000
     problem = large.problem(Shape(width=32, heads=2, layers=2, context=16), batch_size=4)
     run, start = overhead.loop(
-        problem, sg.small_gain(optax.adam(3e-3), problem.losses), 5, given="weighted"
+        problem,
+        sg.small_gain(optax.adam(3e-3), problem.losses, policy="fair"),
+        5,
+        given="weighted",
     )
     losses = [problem.metrics(params)["loss"] for params in (problem.init(0), start[0])]
     assert losses[1] < losses[0] - 1
