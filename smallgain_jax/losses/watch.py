@@ -34,7 +34,8 @@ ROUNDING = 32
 CONFIRMED = 2
 """Checks in a row that must find such a rise: one batch may be an outlier."""
 LEARNING = 5
-"""Checks that set the scale of differences; where all of them rise there is no scale to learn."""
+"""Checks that set the scale of differences; where all of them rise, and the last one no less than
+before, there is no scale to learn."""
 FOLLOW = 0.1
 """Weight of the newest difference in the typical one."""
 ARRIVED = 0.05
@@ -102,6 +103,8 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
     beyond = lost | ((watch.typical > 0) & (rise > most))
     suspect = jnp.where(beyond, watch.suspect + 1, 0)
     climbing = learning & (watch.checks == LEARNING - 1) & (rises == LEARNING)
+    # a first kick that is dying away is none
+    climbing = climbing & (rise >= watch.typical / 2)
     rewind = (suspect >= CONFIRMED) | climbing
     usual = known & ~beyond & ~rewind
 
