@@ -762,7 +762,8 @@ def _check(settings: Settings) -> None:
     for name in ("every", "iterations"):
         if is_concrete(getattr(settings, name)) and getattr(settings, name) < 1:
             raise ValueError(f"{name} = {getattr(settings, name)} must be at least 1")
-    check_count("warmup", settings.warmup, 0)
+    if is_concrete(settings.warmup):
+        check_count("warmup", settings.warmup, 0)
     for name in ("priorities", "anneal"):
         if getattr(settings, name) is not None and not settings.reweights:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
