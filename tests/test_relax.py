@@ -224,7 +224,7 @@ BAD = [
     (dict(tol=np.nan), "tol = nan"),
     (dict(adjoint="magic"), "adjoint = 'magic'"),
     (dict(metric="magic"), "metric = 'magic'"),
-    (dict(optimizer=optax.adam), r"optimizer must be .*call the factory"),
+    (dict(optimizer=optax.adam), r"optimizer is the function adam.*call it"),
     (dict(graph=[0.1, 0.2], x0=scenarios.baseline().graph), "graph must be an EnergyGraph"),
 ]
 

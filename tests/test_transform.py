@@ -9,6 +9,7 @@ import pytest
 from jax.test_util import check_grads
 
 import smallgain_jax as sg
+from smallgain_jax.graphs.small_gain import STATIC
 from smallgain_jax.tools import scenarios
 from smallgain_jax.tools.scenarios import random_graph
 from tests.graphs import SLACK, steps_to
@@ -218,8 +219,7 @@ class TestContract:
     def test_inject_hyperparams(self):
         graph = problem().graph
         make = optax.inject_hyperparams(
-            sg.small_gain,
-            static_args=("base_optimizer", "terms", *sg.transform.STATIC),
+            sg.graph_small_gain, static_args=("base_optimizer", *STATIC)
         )
         optimizer = make(
             base_optimizer=optax.sgd(0.1),
