@@ -36,7 +36,9 @@ INTERNAL = {
     "validation.check_common",
     "validation.to_stderr",
 }
-ENTRY = re.compile(r"^\.\. auto(?:class|data|function):: smallgain_jax\.([\w.]+)$", re.MULTILINE)
+ENTRY = re.compile(
+    r"^\.\. auto(?:class|data|function):: smallgain_jax\.(?:tools\.)?([\w.]+)$", re.MULTILINE
+)
 
 
 def defined_in(module):

@@ -337,7 +337,7 @@ def test_values_are_renewed_only_when_they_moved(small_bottom):
     near, far = (spring_graph(i, j, 25, 0.1, scale) for scale in (1.01, 2.0))
     np.testing.assert_allclose(renewed(cycle, near, free), apply(cycle), rtol=1e-5)
     np.testing.assert_allclose(renewed(cycle, far, free), apply(fresh(far)), rtol=1e-5)
-    assert not np.allclose(apply(fresh(near)), apply(cycle), rtol=1e-4)
+    assert not np.allclose(apply(fresh(near)), apply(cycle), rtol=1e-5)
     assert renewed(cycle, graph, free.at[3].set(False))[3] == 0
 
 

@@ -420,7 +420,9 @@ def test_mistakes_are_named(change, message):
 @pytest.mark.once
 @pytest.mark.parametrize("wrap", [sg.small_gain, sg.gradnorm, sg.auto_cap])
 def test_a_factory_is_no_optimizer(wrap):
-    with pytest.raises(TypeError, match=r"base_optimizer is the function sgd, not an optimizer: call it"):
+    with pytest.raises(
+        TypeError, match=r"base_optimizer is the function sgd, not an optimizer: call it"
+    ):
         wrap(optax.sgd, problem().graph)
 
 

@@ -68,7 +68,7 @@ class Losses(eqx.Module):
 
         Args:
           params: pytree of floating arrays.
-          *args, **kwargs: whatever else the losses take.
+          args, kwargs: whatever else the losses take.
 
         Returns:
           `(values [K], grads)`, `grads` shaped like `params` with a leading axis K on each leaf.
@@ -103,7 +103,7 @@ class Losses(eqx.Module):
         Args:
           weights: w [K], as in `TrainingState.weights`.
           params: pytree of floating arrays.
-          *args, **kwargs: whatever else the losses take.
+          args, kwargs: whatever else the losses take.
 
         Returns:
           `(values [K], gradient)`, `gradient` shaped like `params`; for terms made with `has_aux`

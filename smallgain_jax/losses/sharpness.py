@@ -166,7 +166,7 @@ def sharpness(
     Args:
       losses: made by `terms`.
       params: where.
-      *args, **kwargs: what else the losses take.
+      args, kwargs: what else the losses take.
       weights: float [K]; None for ones.
       root: $P^{1/2}$ shaped like `params`; None for the identity.
       iterations: of power iteration from a random start, static.
