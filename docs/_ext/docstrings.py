@@ -71,7 +71,9 @@ def public_name(code: str) -> str | None:
         return None
     if rest and not hasattr(known, rest[0]):
         return None
-    return f"{PACKAGE}.{name}"
+    # constants are documented where they stand: their comments are read from the source there
+    room = "tools." if rest and rest[0].isupper() else ""
+    return f"{PACKAGE}.{room}{name}"
 
 
 def _paragraphs(lines: list[str]) -> Iterator[list[str]]:
