@@ -99,6 +99,18 @@ def check_target(value: Any) -> None:
         raise ValueError(f"target = {value} must lie in (0, 1): a fraction of the limit")
 
 
+def check_call(kind: type, updates: Any, state: Any, params: Any) -> None:
+    """Raise unless `update` was given params, a state of this `kind`, and updates that fit."""
+    if params is None:
+        raise ValueError(PARAMS_NEEDED)
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is {type(state).__name__}, not a {kind.__name__}: the order is "
+            "update(gradient, state, params)"
+        )
+    check_updates(updates, params)
+
+
 def check_updates(updates: Any, params: Any) -> None:
     """Raise unless updates have the structure and the shapes of the parameters."""
     ours: Any = jax.tree.structure(params)

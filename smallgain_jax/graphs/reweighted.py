@@ -14,10 +14,10 @@ import optax
 from smallgain_jax._checks import (
     PARAMS_NEEDED,
     cast_like,
+    check_call,
     check_optimizer,
     check_positive,
     check_target,
-    check_updates,
     float_dtype,
 )
 from smallgain_jax._tree import select
@@ -96,14 +96,9 @@ def reweighted(
         graph: EnergyGraph | None = None,
         **extra_args: Any,
     ) -> tuple[jax.Array, SmallGainState]:
-        if params is None:
+        if params is None:  # which check_call refuses; said again for the type checker
             raise ValueError(PARAMS_NEEDED)
-        if not isinstance(state, SmallGainState):
-            raise TypeError(
-                f"state is {type(state).__name__}, not a SmallGainState: the order is "
-                "update(gradient, state, params)"
-            )
-        check_updates(updates, params)
+        check_call(SmallGainState, updates, state, params)
         used = own if graph is None or not alike(graph, own) else graph
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
         decided = _decide(here, rule, state)

@@ -13,14 +13,14 @@ from jax.typing import ArrayLike
 from optax.experimental import aggregating
 
 from smallgain_jax._checks import (
-    PARAMS_NEEDED,
     cast_like,
+    check_bounds,
+    check_call,
     check_count,
     check_fraction,
     check_optimizer,
     check_positive,
     check_target,
-    check_updates,
     float_dtype,
     is_concrete,
 )
@@ -367,14 +367,7 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
 
 def _checked(updates: Any, params: Any, state: TrainingState, given: Given) -> Given:
     """What the caller gives, once it has been looked at."""
-    if params is None:
-        raise ValueError(PARAMS_NEEDED)
-    if not isinstance(state, TrainingState):
-        raise TypeError(
-            f"state is {type(state).__name__}, not a TrainingState: the order is "
-            "update(gradient, state, params)"
-        )
-    check_updates(updates, params)
+    check_call(TrainingState, updates, state, params)
     if given.term_grads is not None:
         _check_term_grads(given.term_grads, params, state.weights.shape[0])
     if given.term_values is None:
@@ -769,11 +762,8 @@ def _check(settings: Settings) -> None:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
     if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
         raise ValueError(f"priorities = {settings.priorities} must be positive")
-    for name in ("floor", "ceiling", "max_gain"):
-        check_positive(name, getattr(settings, name))
-    low, high = settings.floor, settings.ceiling
-    if isinstance(low, float | int) and isinstance(high, float | int) and low > high:
-        raise ValueError(f"floor = {low} must not exceed ceiling = {high}")
+    check_positive("max_gain", settings.max_gain)
+    check_bounds("floor", settings.floor, "ceiling", settings.ceiling)
     check_target(settings.target)
     for name in ("budget_fraction", "max_step_change", "ema"):
         check_fraction(name, getattr(settings, name))
