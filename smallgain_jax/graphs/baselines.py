@@ -80,7 +80,7 @@ def auto_cap(
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> x = jnp.array([1.0, 0.5])
-    >>> optimizer = auto_cap(optax.sgd(0.1), graph, limit=3.0, target=1.0)  # L = 4
+    >>> optimizer = auto_cap(optax.sgd(0.1), graph, limit=6.0, target=0.5)  # L = 4
     >>> optimizer.update(graph.gradient(x), optimizer.init(x), x)[1].weights.tolist()
     [0.75]
     """
