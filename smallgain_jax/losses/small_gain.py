@@ -475,10 +475,11 @@ def _decide(
 
     def look() -> _Decision:
         plain = seen.reweighted(state.weights)
-        root = inverse_root_of(settings, probe, state, params)
+        present = probe.present(state.base_state)
+        root = inverse_root_of(settings, probe, state, params, present)
         sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
         measured = measure(losses, settings, state, sight)
-        prices = measured.prices._replace(limit=limit_of(settings, probe, state))
+        prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
         log_weights, scores = decide(
             settings, adaptive or not probe.known, state, seen.gradients, prices
         )
