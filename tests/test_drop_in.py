@@ -594,6 +594,24 @@ def test_accumulation_around_it_keeps_the_batch_in_one_line():
 
 
 @pytest.mark.once
+def test_what_rests_on_a_limit_that_nobody_knows_says_so():
+    fn, x = soft_and_stiff, jnp.ones(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        sg.small_gain(optax.lion(0.1), fn).init(x)
+        sg.small_gain(optax.adam(0.1), fn, policy="fair", guard=0.9).init(x)
+        known = {"limit": 2.0, "metric": lambda state, x: x}
+        sg.small_gain(optax.lion(0.1), fn, policy="fair", guard=0.9, **known).init(x)
+    for given, what in (
+        ({"policy": "fair"}, "identity metric"),
+        ({"guard": 0.9}, "guard does nothing"),
+        ({"row_gains": True}, "row_gains does nothing"),
+    ):
+        with pytest.warns(UserWarning, match=f"not proportional to the gradient.*{what}"):
+            sg.small_gain(optax.lion(0.1), fn, **given).init(x)
+
+
+@pytest.mark.once
 def test_mistakes_are_named():
     losses = sg.terms(
         lambda p, x: {"total": jnp.sum(p * x), "b": jnp.sum(p**2)}, names=("total", "b")
