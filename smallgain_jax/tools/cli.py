@@ -116,7 +116,7 @@ class Relax(Settings, frozen=True, kw_only=True):
 
 
 class Demo(msgspec.Struct, frozen=True, kw_only=True):
-    """Relax the two published scenarios by every method; write tables and a figure.
+    """Relax two small graphs by every method; write tables and a figure.
 
     Attributes:
       out: folder to write to.
