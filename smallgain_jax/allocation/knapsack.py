@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import Numbers, check_finite, float_dtype, is_concrete
+from smallgain_jax._show import shows
 from smallgain_jax.allocation.classes import by_classes
 from smallgain_jax.allocation.fair import fair_raises
 from smallgain_jax.allocation.ordered import fill
@@ -38,6 +39,7 @@ ROUNDS_OF = {"fair": 8, "prices": 16, "classes": 2}
 """What `rounds=None` stands for."""
 
 
+@shows(bars="weights")
 class Allocation(NamedTuple):
     """What `allocate` decided. K terms, R rows."""
 

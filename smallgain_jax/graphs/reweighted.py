@@ -20,6 +20,7 @@ from smallgain_jax._checks import (
     check_target,
     float_dtype,
 )
+from smallgain_jax._show import shows
 from smallgain_jax._tree import select
 from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
@@ -33,6 +34,7 @@ AGREEMENT = 0.99
 """Smallest cosine, in D's metric, between the reweighted gradient and the reference one."""
 
 
+@shows()
 class SmallGainInfo(NamedTuple):
     """What a reader of one update wants to know; `telemetry` turns it into columns.
 
@@ -59,6 +61,7 @@ class SmallGainInfo(NamedTuple):
     total_backtracks: jax.Array  # [] int32
 
 
+@shows(bars="weights")
 class SmallGainState(NamedTuple):
     """State of `small_gain`, `gradnorm` and `auto_cap`. K terms."""
 
