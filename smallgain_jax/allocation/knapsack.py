@@ -80,8 +80,10 @@ def allocate(
         a term names twice is paid twice.
       rows: which rows, int [K, m], in 0..R-1; m = 2 for an edge.
       lower, upper: bounds of each weight, finite floats [K], lower <= upper.
-      row_budget: b_r, float [R], in units of cost times weight; negative counts as 0, inf as none.
-      global_budget: b, float scalar; a term's price is its dearest row's.
+      row_budget: b_r, float [R], in units of cost times weight: what raising weights above `lower`
+        may cost row r, $\sum_k C_{kr} (w_k - l_k) \le b_r$. What the lower weights themselves cost
+        is not part of it. Negative counts as 0, inf as no budget.
+      global_budget: b, float scalar, for all raises together; a term's price is its dearest row's.
       policy: "greedy" (linear utility, as above), or "fair": maximize $\sum_k v_k \log w_k$ under
         the same bounds and budgets, so that every term gets a share of the margin (proportional
         fairness: Kelly, Maulloo and Tan 1998). Needs lower >= 0.

@@ -12,7 +12,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from smallgain_jax.graphs.build import LOWEST, known_parameters, to_default_dtype
-from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator
+from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator, suffix_of
 
 LANDAU = ("a", "b", "target")
 LOWEST_CELL = {**LOWEST, "b": 0.0}
@@ -95,12 +95,33 @@ def edge_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
       FileFormatError: no column for an end, one that appears twice or looks misspelled, no rows.
     """
     roles = ("source", "target", "weight", "family", *known_parameters())
+    if sheet.header and not any(named.get(role) for role in roles[:2]):
+        sheet = _edges_first(sheet, roles)
     if not sheet.header and 2 <= len(sheet.cells) <= 3:
         header = roles[: len(sheet.cells)]
         sheet = sheet._replace(header=header)
         note = f"{sheet.path.name} has no header: its columns are read as {', '.join(header)}"
         sheet = sheet._replace(notes=(*sheet.notes, note))
     return _meaning(sheet, roles, ("source", "target"), named)
+
+
+def _edges_first(sheet: Sheet, roles: Sequence[str]) -> Sheet:
+    """The sheet, without its header where that is none: a mere comment, or the first edge."""
+    plain = [_plain(name) for name in sheet.header]
+    if {"source", "target"} & _found(sheet, plain, roles, {}).keys():
+        return sheet
+    if sheet.commented:
+        return sheet._replace(header=())
+    if suffix_of(sheet.path) not in (".edges", ".edgelist") or len(plain) > 3:
+        return sheet
+    line = sheet.header_line
+    cells = [[name or None, *rest] for name, rest in zip(sheet.header, sheet.cells, strict=True)]
+    place = sheet.place
+    return sheet._replace(
+        header=(),
+        cells=tuple(cells),
+        place=lambda row: place(row - 1) if row else (line, f"line {line}"),
+    )
 
 
 def node_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:

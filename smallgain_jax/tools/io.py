@@ -29,9 +29,11 @@ import scipy.sparse
 from smallgain_jax.graphs.build import (
     EdgeColumns,
     MatrixEdges,
+    family_name,
     family_parameters,
     known_parameters,
     matrix_edges,
+    unknown_family,
 )
 from smallgain_jax.graphs.families import FAMILIES
 from smallgain_jax.graphs.graph import EnergyGraph
@@ -48,6 +50,7 @@ from smallgain_jax.tools.columns import (
     node_names,
     numbers,
 )
+from smallgain_jax.tools.edgelist import read_edgelist
 from smallgain_jax.tools.graphml import read_graphml
 from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 from smallgain_jax.tools.tables import (
@@ -151,7 +154,7 @@ def read_graph(
     elif suffix_of(path) == ".graphml":
         edges, own_nodes = read_graphml(path)
     else:
-        edges = read_sheet(path, others=(".graphml", ".mtx"))
+        edges = read_edgelist(path) or read_sheet(path, others=(".graphml", ".mtx"))
     node_sheet = own_nodes if nodes is None else read_sheet(Path(nodes))
     from_one = suffix_of(path) == ".mtx" and nodes is not None
     read = _assemble(edges, node_sheet, named, from_one)
@@ -492,7 +495,10 @@ def _number_by_name(
 def _refuse_negative(column: Column, names: Names) -> None:
     if isinstance(names, np.ndarray):
         for k in np.flatnonzero(names < 0)[:1]:
-            column.fail(int(k), f"{names[k]} is not a node number: it must be 0 or above")
+            problem = (
+                "negative numbers stand for no node in many files: give that node another name"
+            )
+            column.fail(int(k), f"{names[k]} is not a node number: {problem}")
 
 
 def _edge_columns(edges: Meaning, numbered: _Nodes) -> EdgeColumns:
@@ -520,14 +526,15 @@ def _families(edges: Meaning) -> tuple[tuple[str, ...], np.ndarray]:
     if column is None:
         return ("quadratic",), np.zeros(edges.sheet.num_rows, np.int64)
     # a missing cell, NaN where no cell of the column is text
-    names = ["quadratic" if c is None or c != c else str(c).lower() for c in column.cells]
-    code = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    for name in code:
-        if name not in FAMILIES:
+    names = ["quadratic" if c is None or c != c else str(c) for c in column.cells]
+    known = {name: family_name(name) for name in dict.fromkeys(names)}
+    for name, family in known.items():
+        if family is None:
             k = names.index(name)
-            problem = f"{column.shown(k)!r} is unknown: choose from {', '.join(FAMILIES)}"
-            column.fail(k, problem)
-    return tuple(code), np.array([code[name] for name in names], np.int64)
+            column.fail(k, f"{column.shown(k)!r} {unknown_family(name)}")
+    code = {family: k for k, family in enumerate(dict.fromkeys(known.values()))}
+    rows = np.array([code[known[name]] for name in names], np.int64)
+    return tuple(family for family in code if family is not None), rows
 
 
 def _node_energies(nodes: Meaning, rows: np.ndarray) -> tuple[Landau | None, jax.Array | None]:
