@@ -110,6 +110,18 @@ def test_whichever_coefficient_is_an_array_tells_the_number_of_nodes():
         assert expected is None or local(x) == expected
 
 
+@pytest.mark.once
+def test_numbers_that_compiled_code_takes_for_zero_are_told():
+    with pytest.warns(UserWarning, match="a is at most 1e-38: float32 computes with nothing below"):
+        local = sg.Landau(a=jnp.full(2, 1e-38, jnp.float32))
+    with pytest.warns(UserWarning, match="weight is at most 1e-40: float32"):
+        edges = sg.Quadratic([0], [1], jnp.float32(1e-40))
+    result = sg.relax(sg.EnergyGraph(local, edges), jnp.ones(2, jnp.float32))
+    assert np.isfinite(result.x).all()
+    # beside numbers that count it is a matter of course
+    sg.Quadratic([0, 1], [1, 2], jnp.array([1e-40, 1.0], jnp.float32))
+
+
 def test_empty_graph_and_graph_without_edges():
     nothing = sg.EnergyGraph(None, [], num_nodes=0)
     assert nothing.energy(jnp.zeros(0)) == 0

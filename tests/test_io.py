@@ -318,6 +318,9 @@ class TestCsv:
             read_graph(edges, nodes)
         error = caught.value
         assert (error.path, error.line, error.column) == (edges, 3, "target")
+        nodes = csv_file(tmp_path / "nodes.csv", "id,Label\n1,a\n2,b\n3,c\n")
+        with pytest.raises(FileFormatError, match="nodes are called by its column 'id'"):
+            read_graph(edges, nodes)
 
     def test_not_text(self, tmp_path):
         path = tmp_path / "e.csv"
@@ -419,6 +422,17 @@ class TestFilesAsPeopleHaveThem:
                 "excel-tab.csv",
                 "\ufeffSep=\t\r\nsource\ttarget\tw\r\nann\tbob\t0.5\r\nbob\teve\t2\r\neve\tann\t1.25\r\n",
                 0,
+            ),
+            (
+                "excel-blank.csv",
+                "source,target,weight\r\nann,bob,0.5\r\nbob,eve,2\r\neve,ann,1.25\r\n,,\r\n,,\r\n",
+                0,
+            ),
+            ("melted.csv", "i,j,value\nann,bob,0.5\nbob,eve,2\neve,ann,1.25\n", 0),
+            (
+                "pair.csv",
+                "from,to,weight,source\nann,bob,.5,web\nbob,eve,2,web\neve,ann,1.25,x\n",
+                1,
             ),
             ("no-names.edgelist", "ann bob 0.5\nbob eve 2\neve ann 1.25\n", 1),
             ("no-names.edges", "#G\n\nann\tbob\t0.5\nbob\teve\t2\neve\tann\t1.25\n", 1),
@@ -567,6 +581,11 @@ class TestFilesAsPeopleHaveThem:
         read = read_graph(csv_file(tmp_path / "e.csv", "source,target\nNA,DE\nDE,FR\n"))
         assert read.labels == ("NA", "DE", "FR")
 
+    def test_a_first_line_of_counts_is_told(self, tmp_path):
+        read = read_graph(csv_file(tmp_path / "e.txt", "5 4\n0 1\n1 2\n2 3\n3 4\n"))
+        assert read.graph.num_edges == 5
+        assert any("its first line, 5 4, is read as an edge" in note for note in read.notes)
+
     def test_not_utf8_names_the_line(self, tmp_path):
         path = tmp_path / "e.csv"
         path.write_bytes("source,target\nann,bob\nJürg,ann\n".encode("latin-1"))
@@ -636,6 +655,19 @@ class TestOtherTables:
         np.savez(tmp_path / "e.npz", **{name: ends.T})
         with pytest.raises(FileFormatError, match=rf"{name}.*has shape .*for each end"):
             read_graph(tmp_path / "e.npz")
+
+    def test_other_arrays_are_left_out(self, tmp_path):
+        np.savez(
+            tmp_path / "g.npz",
+            edge_index=[[0, 1], [1, 2]], x=np.ones((3, 5)), num_nodes=3, y=np.ones(3),
+        )  # fmt: skip
+        read = read_graph(tmp_path / "g.npz")
+        assert_edges(read, [("0", "1", 1.0), ("1", "2", 1.0)])
+        assert read.notes == (
+            "g.npz, ignored array 'x' of shape (3, 5)",
+            "g.npz, ignored array 'num_nodes' of shape ()",
+            "g.npz, ignored array 'y' of shape (3,)",
+        )
 
     def test_arrays_that_are_no_columns(self, tmp_path):
         np.savez(tmp_path / "e.npz", source=np.zeros((3, 1)), target=np.ones((3, 1)))
@@ -924,6 +956,10 @@ class TestMatrices:
             assert read.notes == (
                 f"{name}: ignored 3 entries on the diagonal: they join no two nodes",
             )
+        own = scipy.sparse.coo_array([[0.0, 1.0], [1.0, 2.0]])
+        scipy.io.mmwrite(tmp_path / "m.mtx", own)
+        (note,) = read_graph(tmp_path / "m.mtx").notes
+        assert note == "m.mtx: ignored 1 entry on the diagonal: it joins no two nodes"
 
     @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
     def test_save_npz(self, tmp_path, kind):

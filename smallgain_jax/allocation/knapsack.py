@@ -65,9 +65,10 @@ def allocate(
 
     - one row: by value over cost, which is exact;
     - up to 10,000 terms: at prices of the rows, by primal-dual sweeps that stop when the value is
-      proved within 1e-4 of the linear program's optimum, or after `rounds` restarts. On random
-      graphs, costs spread over 10^-1..10^1 included, 99.99 % of the optimum in the median and
-      99.9 % at worst;
+      proved within 1e-4 of the linear program's optimum, or after `rounds` restarts. With costs and
+      values spread over 10^-1..10^1, on 5,000 problems of each of four sizes from 24 terms to 240
+      (`python -m bench.allocator --quality 5000`): above 99.99 % of the optimum in the median,
+      99.9 % in all but one of a thousand, 99.8 % at worst;
     - beyond: by 16 classes of value over cost, without sorting. On random graphs, against serving
       one term after the other, 99.7 % where budgets are half of the demand, 98.5 % at a tenth.
 

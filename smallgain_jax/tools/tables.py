@@ -114,12 +114,16 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def read_sheet(path: Path, others: Sequence[str] = ()) -> Sheet:
+def read_sheet(
+    path: Path, others: Sequence[str] = (), wanted: Callable[[str], bool] = lambda name: True
+) -> Sheet:
     """Read a table of any known format.
 
     Args:
       path: the file.
       others: suffixes to name in the message for an unknown one, besides those known here.
+      wanted: whether a column of that name is asked for; arrays that are not are left out, with a
+        note, where they are no columns.
 
     Raises:
       FileFormatError: a malformed file.
@@ -132,7 +136,7 @@ def read_sheet(path: Path, others: Sequence[str] = ()) -> Sheet:
     if suffix == ".parquet":
         return _read_parquet(path)
     if suffix == ".npz":
-        return _read_npz(path)
+        return _read_npz(path, wanted)
     known = ", ".join((*TABLES, *others))
     raise FileFormatError(
         path, None, None, f"unknown suffix {suffix!r}: known are {known}, compressed or not"
@@ -286,6 +290,7 @@ def _fast_cells(lines: list[str], head: _Head) -> tuple[Cells, ...] | None:
         and "\n\r" not in text
         and "\r" not in text.replace("\r\n", "\n")
         and not any(f"\n{mark}" in text for mark in _COMMENTS)
+        and not any(f"\n{head.separator * (width - 1)}{end}" in text + "\n" for end in "\r\n")
         and text.count(head.separator) == rows * (width - 1)
         and len(lines) == rows
     )
@@ -371,6 +376,9 @@ def _careful_sheet(path: Path, lines: list[str], head: _Head) -> Sheet:
         header = tuple(name.strip() for name in next(records)[1])
     at, rows = [], []
     for line, cells in records:
+        if not any(map(str.strip, cells)):
+            # spreadsheets end a table with rows of nothing
+            continue
         at.append(line)
         rows.append(cells)
     notes = []
@@ -482,16 +490,21 @@ def _series_cells(polars: Any, series: Any) -> Cells:
     return stripped(series.to_list())
 
 
-def _read_npz(path: Path) -> Sheet:
+def _read_npz(path: Path, wanted: Callable[[str], bool]) -> Sheet:
     columns = _ends_apart(path, read_arrays(path))
-    size = max((a.shape[0] for a in columns.values() if a.ndim == 1), default=0)
+    size = max((a.shape[0] for k, a in columns.items() if a.ndim == 1 and wanted(k)), default=0)
+    beside = {k: a.shape for k, a in columns.items() if a.shape != (size,) and not wanted(k)}
+    columns = {name: array for name, array in columns.items() if name not in beside}
+    notes = [f"ignored array {name!r} of shape {shape}" for name, shape in beside.items()]
     for name, array in columns.items():
         if array.shape != (size,):
             expected = f"({size},), one entry a row" if size else "[E], one entry a row"
             hint = "" if array.ndim == 1 else ": a column is an array of one axis"
             problem = f"the array has shape {array.shape}, expected {expected}{hint}"
             raise FileFormatError(path, None, name, problem)
-    return Sheet(path, tuple(columns), tuple(map(array_cells, columns.values())), _row)
+    return Sheet(
+        path, tuple(columns), tuple(map(array_cells, columns.values())), _row, notes=tuple(notes)
+    )
 
 
 def _ends_apart(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
