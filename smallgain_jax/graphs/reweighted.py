@@ -24,7 +24,7 @@ from smallgain_jax._show import shows
 from smallgain_jax._tree import select
 from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
-from smallgain_jax.graphs.weights import Move, Rule, scaled, unspent
+from smallgain_jax.graphs.weights import Move, Rule, scaled, term_norms, unspent
 from smallgain_jax.limits.probe import measured_limit
 from smallgain_jax.search.armijo import Search, Trial, armijo
 
@@ -279,6 +279,9 @@ def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.
     """
     rows = here.snapshot.curvature.row_sums
     root = jnp.sqrt(jnp.where(rows > 0, rows, 1))
+    # in the unit of the largest entry, since fourth powers follow
+    largest = jnp.max(jnp.abs(here.snapshot.gradient / root), initial=0.0)
+    root = root * jnp.where(largest > 0, largest, 1)
 
     def of(change: jax.Array) -> jax.Array:
         return here.graph.scatter(scaled(change, here.snapshot.term_gradients)) / root
@@ -328,7 +331,7 @@ def _report(
         spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
         spent_global=jnp.vdot(here.dearest, raised),
         cost=here.dearest,
-        gradient_norms=_norms(here.snapshot.term_gradients),
+        gradient_norms=term_norms(here.snapshot.term_gradients),
         hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),
         guard=chosen.guard,
         cosine=chosen.cosine,
@@ -337,8 +340,3 @@ def _report(
         last_step_backtracks=search.backtracks,
         total_backtracks=before.total_backtracks + search.backtracks,
     )
-
-
-def _norms(term_gradients: jax.Array) -> jax.Array:
-    """Euclidean norm [K] of each term's gradient, [K, 2] or [K, 2, d]."""
-    return jnp.sqrt(jnp.sum(term_gradients**2, axis=tuple(range(1, term_gradients.ndim))))
