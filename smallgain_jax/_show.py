@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 FEW = 6
@@ -77,7 +78,7 @@ def _array(value: Any) -> str:
     known = not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
     if not known or not getattr(value, "is_fully_addressable", True):
         return kind
-    if not jax.dtypes.issubdtype(value.dtype, np.number) and value.dtype != bool:
+    if not jnp.issubdtype(value.dtype, np.number) and value.dtype != bool:
         return kind
     entries = np.asarray(value)
     if entries.ndim == 0:
