@@ -74,6 +74,7 @@ BEFORE = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("problem", PROBLEMS)
 @pytest.mark.parametrize("before", BEFORE)
 def test_the_default_behind_anything_is_the_plain_chain(problem, before):
