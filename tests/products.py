@@ -6,8 +6,9 @@ as TPUs do; to the ten bits of TF32 where it is HIGH, as NVIDIA GPUs do; not whe
 Accumulation is in float32, as on all of these.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 
 import jax
 import numpy as np
@@ -33,6 +34,17 @@ def coarse_products(setting: str) -> Iterator[None]:
             yield
     finally:
         _registered[jax.lax.dot_general_p] = exact
+
+
+def exact(fn: Callable) -> Callable:
+    """`fn` with products in all bits: an oracle, or a user's function (its precision is theirs)."""
+
+    @wraps(fn)
+    def run(*arguments, **keywords):
+        with jax.default_matmul_precision("highest"):
+            return fn(*arguments, **keywords)
+
+    return run
 
 
 def _rounded(exact):
