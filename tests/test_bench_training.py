@@ -468,7 +468,9 @@ def test_the_large_network_has_ten_million_parameters_and_learns():
         5,
         given="weighted",
     )
-    losses = [problem.metrics(params)["loss"] for params in (problem.init(0), start[0])]
+    # what is learnt is this documentation: few windows of it differ by more than the loss falls
+    held_out = jax.jit(large.problem(Shape(32, 2, 2, 16), batch_size=256).metrics)
+    losses = [held_out(params)["loss"] for params in (problem.init(0), start[0])]
     assert losses[1] < losses[0] - 1
     assert run(start, jnp.int32(0))[1].info.accepted
 
