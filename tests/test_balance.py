@@ -723,3 +723,31 @@ def test_losses_with_arguments_need_names():
 
 def test_phases_have_numbers():
     assert (LOSS, BALANCE) == (0, 1)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_meshes(kind, compensated):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    fn = lambda p: {"a": jnp.sum((p["w"] - 1) ** 2) + p["b"] ** 2, "b": 3 * jnp.sum(p["w"] ** 2)}
+    flow = balance_flow(fn, optax.sgd(0.1, momentum=0.5), compensated=compensated)
+    start = {"w": jnp.linspace(-1, 2, 32).reshape(8, 4), "b": jnp.ones(())}
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = flow.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), state.info.balance
+
+        return jax.lax.scan(step, (params, state), length=4)
+
+    (expected, _), balance = run(start, flow.init(start))
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", None))
+        params = start | {"w": jax.device_put(start["w"], rows)}
+        (params, _), found = run(params, flow.init(params))
+        assert params["w"].sharding.spec[0] == "rows"
+    np.testing.assert_allclose(found, balance, rtol=1e-5)
+    np.testing.assert_allclose(params["w"], expected["w"], rtol=1e-5)

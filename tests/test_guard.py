@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from smallgain_jax.search.guard import (
     cosine,
@@ -57,3 +58,9 @@ def test_small_curvature_is_trusted_down_to_rounding(eps):
     # a smooth direction of a chain of a million nodes
     assert trusted_curvature(jnp.asarray(200 * eps), jnp.asarray(1.0)) < 0.5
     assert trusted_curvature(jnp.asarray(50 * eps), jnp.asarray(1.0)) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_an_angle_has_no_unit(scale):
+    a, b = jnp.asarray([3.0, 0.0]) * scale, jnp.asarray([3.0, 4.0]) / scale
+    np.testing.assert_allclose(cosine(a, b), 0.6, rtol=1e-5)

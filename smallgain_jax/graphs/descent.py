@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
+from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import EnergyGraph, Evaluation, alike
 from smallgain_jax.search.armijo import Search, Trial, armijo
@@ -57,6 +58,7 @@ class Metric(Protocol):
         """
 
 
+@shows()
 class DescentInfo(NamedTuple):
     """What a reader of one step may want to know."""
 
@@ -68,6 +70,7 @@ class DescentInfo(NamedTuple):
     lipschitz: jax.Array  # [] max_r D_r, the bound as priced
 
 
+@shows()
 class MajorizedDescentState(NamedTuple):
     """State of `majorized_descent`. Shapes are those of the graph's state x."""
 

@@ -152,7 +152,8 @@ def propose(
         rows = here.rows(weights)
         # rows without curvature have no limit of their own; Armijo settles them
         rows = jnp.maximum(rows, 1e-6 * jnp.max(rows, initial=0.0))
-        gained = gained * here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target)
+        # the quotient first: gradient times target leaves float32 in small units of the energy
+        gained = gained * (here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target))
     gained = jnp.where(here.finite, gained, 0).astype(dtype)
     move, base_state = base.update(gained, base_state, params, **extra_args)
     move = here.box.project(x + move.astype(x.dtype)) - x

@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
+from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
@@ -21,6 +22,7 @@ from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.multilevel import Hierarchy
 
 
+@shows()
 class QuadraticResult(NamedTuple):
     """Outcome of `conjugate_gradients`."""
 

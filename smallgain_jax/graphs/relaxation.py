@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, check_finite, check_optimizer, is_concrete
+from smallgain_jax._show import shows
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
 from smallgain_jax.graphs.choice import MetricChoice, choose_metric
@@ -22,6 +23,7 @@ from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
 ADJOINTS = ("implicit", "unrolled")
 
 
+@shows()
 class RelaxInfo(NamedTuple):
     """What happened during a relaxation."""
 
@@ -32,6 +34,7 @@ class RelaxInfo(NamedTuple):
     history: Any  # what `record` took from the optimizer's state, each leaf [steps, ...]
 
 
+@shows(curve="energy")
 class RelaxResult(NamedTuple):
     """Outcome of `relax`."""
 

@@ -174,6 +174,9 @@ def loss_small_gain(
       TypeError: parameters that are not floating, losses whose names must be given and are not, or
         that take a batch which `update` was not given.
 
+    Warns, at `init`: where something that was asked for rests on the limit or on the metric of a
+    base optimizer that has none (Lion, LAMB, Muon).
+
     >>> def losses(x):
     ...     return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
     >>> from smallgain_jax.losses.losses import terms
@@ -361,8 +364,28 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     priorities = settings.priorities
     if priorities is not None and len(priorities) != len(names):
         raise ValueError(f"priorities has {len(priorities)} entries for {len(names)} losses")
+    if not wiring.aggregates:
+        _warn_of_no_limit(settings, wiring.probe(params))
     dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
     return initial_state(wiring.base, params, len(names), settings, dtype)
+
+
+def _warn_of_no_limit(settings: Settings, probe: Probe) -> None:
+    """Say what rests on a limit, or on a metric, and has none."""
+    if probe.known:
+        return
+    off = []
+    if settings.limit is None:
+        off += ["the numeric guard does nothing"] * (not isinstance(settings.guard, str | None))
+        off += ["row_gains does nothing"] * settings.row_gains
+    if settings.metric is None and settings.reweights:
+        off.append("losses are priced as under gradient descent, in the identity metric")
+    if off:
+        warnings.warn(
+            f"base_optimizer: no curvature limit was found ({probe.why}), so that "
+            f"{', and '.join(off)}; give limit= and metric= if you know them",
+            stacklevel=4,
+        )
 
 
 def _checked(updates: Any, params: Any, state: TrainingState, given: Given) -> Given:
@@ -475,10 +498,11 @@ def _decide(
 
     def look() -> _Decision:
         plain = seen.reweighted(state.weights)
-        root = inverse_root_of(settings, probe, state, params)
+        present = probe.present(state.base_state)
+        root = inverse_root_of(settings, probe, state, params, present)
         sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
         measured = measure(losses, settings, state, sight)
-        prices = measured.prices._replace(limit=limit_of(settings, probe, state))
+        prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
         log_weights, scores = decide(
             settings, adaptive or not probe.known, state, seen.gradients, prices
         )

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._show import shows
 from smallgain_jax._tree import safe_norm, select, zero_count
 
 OUT = 10.0
@@ -44,6 +45,7 @@ REGROWTH = 1.001
 """Per update: a quarter of a step is whole again after 1,387."""
 
 
+@shows()
 class WatchState(NamedTuple):
     """What is remembered between two checks."""
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
+from smallgain_jax._show import shows
 from smallgain_jax.networks.layers import Rule, find_layers
 from smallgain_jax.spectral.norms import spectral_bound
 
@@ -30,6 +31,7 @@ ACTIVATIONS: dict[str, float] = {
 """Lipschitz constants of activations, rounded up; gelu's holds for its tanh form as well."""
 
 
+@shows()
 class Certificate(NamedTuple):
     """An upper bound of a network's Lipschitz constant. n layers, in the chain's order."""
 
@@ -99,6 +101,7 @@ def lipschitz_certificate(
     return Certificate(jnp.prod(bounds) * jnp.prod(between) * rounding, bounds, between)
 
 
+@shows()
 class LowerBound(NamedTuple):
     """A gain that a network attains, so that its Lipschitz constant is at least this."""
 

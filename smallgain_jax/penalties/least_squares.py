@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_finite
+from smallgain_jax._show import shows
 from smallgain_jax._tree import matmul
 from smallgain_jax.penalties.base import wide
 from smallgain_jax.penalties.separable import LogSparsity, SmoothedL1
@@ -14,6 +15,7 @@ from smallgain_jax.penalties.separable import LogSparsity, SmoothedL1
 _Pair = tuple[jax.Array, jax.Array]
 
 
+@shows()
 class LeastSquaresResult(NamedTuple):
     """Outcome of `reweighted_least_squares`. n unknowns."""
 

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._show import shows
 from smallgain_jax._tree import matmul, vdot
 
 CERTAINTY = 0.01
 """By how much the square of a certified bound first tries to exceed its estimate."""
 
 
+@shows()
 class SpectralBound(NamedTuple):
     """Two sides of a matrix's spectral norm."""
 

@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
+from smallgain_jax._show import shows
 from smallgain_jax._tree import HIGHEST
 
 
@@ -83,6 +84,7 @@ class Ramp(eqx.Module):
         return jnp.clip(1 + gap / self.eps, 0, 1)
 
 
+@shows(bars="row_sums")
 class Curvature(NamedTuple):
     """Row bounds of a Hessian and what each term pays into them.
 
