@@ -14,12 +14,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
@@ -78,7 +78,6 @@ def problem(terms: int, num_rows: int, spread: float, tightness: float = 1.0) ->
     return floats[0], floats[1], rows.astype(np.int32), floats[2], floats[3], budget
 
 
-@numba.njit
 def serve(
     order: np.ndarray, cost: np.ndarray, rows: np.ndarray, room: np.ndarray, budget: np.ndarray
 ) -> np.ndarray:
@@ -95,10 +94,17 @@ def serve(
     return taken
 
 
+@cache
+def compiled_serve() -> Callable[..., np.ndarray]:
+    import numba
+
+    return numba.njit(serve)
+
+
 def sequential(data: Problem) -> np.ndarray:
     value, cost, rows, lower, upper, budget = data
     order = np.argsort(-value / cost.sum(axis=1))
-    return lower + serve(order, cost, rows, upper - lower, budget)
+    return lower + compiled_serve()(order, cost, rows, upper - lower, budget)
 
 
 def optimal(data: Problem) -> np.ndarray:

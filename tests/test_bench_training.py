@@ -12,6 +12,7 @@ import scipy.optimize
 
 import smallgain_jax as sg
 from bench.training import (
+    advection,
     aggregate,
     burgers,
     digits,
@@ -469,3 +470,25 @@ def test_the_large_network_has_ten_million_parameters_and_learns():
     assert losses[1] < losses[0] - 0.5
     assert losses[2] <= 1.01 * losses[1]
     assert run(start, jnp.int32(0))[1].info.accepted
+
+
+def test_advection_at_its_solution(eps, x64):
+    """Residual by differences, losses of the exact wave, and weights of the published scheme."""
+    setting = advection.REDUCED._replace(width=6, layers=2, features=6, points=32, chunks=4)
+    problem = advection.problem(setting)
+    params = problem.init(0)
+    (inside,) = problem.batch(jax.random.key(0))
+    assert (np.diff(inside[:, 0]) >= 0).all()
+    h = 1e-5 if x64 else 1e-2
+    ahead, behind = (inside + s * jnp.array([[h, h * setting.speed]]) for s in (1, -1))
+    measure = jax.jit(advection.network)
+    slope = (measure(params, ahead) - measure(params, behind)) / (2 * h)
+    found = jax.jit(lambda p, z: advection.residual(p, z, setting.speed))(params, inside)
+    np.testing.assert_allclose(found, slope, atol=(1e-6 if x64 else 0.1) * np.abs(slope).max())
+    # the causal weight of a time is exp(-tolerance * residuals before it)
+    chunk = np.square(np.asarray(found, float)).reshape(4, -1).mean(axis=1)
+    causal = np.exp(-advection.TOLERANCE * (np.cumsum(chunk) - chunk))
+    values = jax.jit(problem.losses.values)(params, inside)
+    np.testing.assert_allclose(values[0], (causal * chunk).mean(), rtol=1e4 * eps)
+    along = np.linspace(0, 1, 5)[:, None] * [1, setting.speed] + [0, 0.3]
+    np.testing.assert_allclose(advection.exact(along, setting.speed), np.sin(0.3))

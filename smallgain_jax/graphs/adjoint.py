@@ -26,6 +26,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.search.box import Box
@@ -168,7 +169,7 @@ def _solved(
     """
     eps = jnp.finfo(right.dtype).eps
     scaled = precondition(right)
-    norm = jnp.vdot(right, scaled)
+    norm = vdot(right, scaled)
     limit = 10 * right.size + 100
 
     def going(c: _Conjugate) -> jax.Array:
@@ -176,13 +177,13 @@ def _solved(
 
     def step(c: _Conjugate) -> _Conjugate:
         image = product(c.direction)
-        bend = jnp.vdot(c.direction, image)
+        bend = vdot(c.direction, image)
         # below the rounding of its own terms a curvature is none
-        sound = bend > eps * jnp.vdot(c.direction, rows * c.direction)
+        sound = bend > eps * vdot(c.direction, rows * c.direction)
         length = jnp.where(sound, c.norm / jnp.where(sound, bend, 1), 0)
         residual = c.residual - length * image
         scaled = precondition(residual)
-        new = jnp.vdot(residual, scaled)
+        new = vdot(residual, scaled)
         direction = scaled + (new / c.norm) * c.direction
         return _Conjugate(
             c.solution + length * c.direction, residual, direction, new, c.steps + 1, sound
@@ -194,4 +195,4 @@ def _solved(
     found = jax.lax.while_loop(going, step, begin).solution
     rest = right - product(found)
     # not <=: a NaN on the way must not pass
-    return jnp.where(jnp.vdot(rest, precondition(rest)) <= eps * norm, found, jnp.nan)
+    return jnp.where(vdot(rest, precondition(rest)) <= eps * norm, found, jnp.nan)

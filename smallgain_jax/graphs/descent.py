@@ -17,6 +17,7 @@ import optax
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
 from smallgain_jax._show import shows
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import EnergyGraph, Evaluation, alike
 from smallgain_jax.search.armijo import Search, Trial, armijo
 from smallgain_jax.search.box import Box
@@ -267,7 +268,7 @@ def _step(
         rows=state.rows,
         prices=here.rows,
         descent_gradient=free,
-        scaled_norm=jnp.where(accepted, jnp.vdot(scaled, free), 0),
+        scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
         stalled=stalled,
@@ -295,20 +296,20 @@ def _scaled(here: _Here, free: jax.Array, prices: jax.Array, metric: Metric | No
     apply = metric.precondition(here.graph, here.x, prices, ~here.held)
     scaled = jnp.where(here.held, 0, apply(free))
     # where curvature is negative a metric built from it need not descend
-    return jnp.where(jnp.vdot(scaled, free) > 0, scaled, divided)
+    return jnp.where(vdot(scaled, free) > 0, scaled, divided)
 
 
 def _direction(
     here: _Here, state: MajorizedDescentState, gradient: jax.Array, scaled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
-    steepest = jnp.vdot(scaled, gradient)
+    steepest = vdot(scaled, gradient)
     known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
-    change = jnp.vdot(scaled, gradient - state.descent_gradient)
+    change = vdot(scaled, gradient - state.descent_gradient)
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled
     direction = jnp.where(here.box.blocks(here.x, direction), 0, direction)
-    descends = jnp.vdot(direction, gradient) <= -SUFFICIENT_ANGLE * steepest
+    descends = vdot(direction, gradient) <= -SUFFICIENT_ANGLE * steepest
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
@@ -316,10 +317,10 @@ def _length(here: _Here, gradient: jax.Array, direction: jax.Array, prices: jax.
     """Minimizer of the quadratic model along the direction."""
     measured = directional_curvature(here.graph.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
-    measured += jnp.vdot((prices - here.rows) * direction, direction)
-    majorized = jnp.vdot(prices * direction, direction)
+    measured += vdot((prices - here.rows) * direction, direction)
+    majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
-    return -jnp.vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
+    return -vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
 
 
 def _search(here: _Here, move: jax.Array, max_backtracks: int) -> Search:
@@ -329,7 +330,7 @@ def _search(here: _Here, move: jax.Array, max_backtracks: int) -> Search:
         finite = jnp.all(jnp.isfinite(reached.gradient))
         reached = reached._replace(value=jnp.where(finite, reached.value, jnp.inf))
         moved = candidate - here.x
-        slope, end_slope = (jnp.vdot(g, moved) for g in (here.gradient, reached.gradient))
+        slope, end_slope = (vdot(g, moved) for g in (here.gradient, reached.gradient))
         return Trial(reached.value, slope, (moved, reached), end_slope)
 
     eps = jnp.finfo(here.value.dtype).eps

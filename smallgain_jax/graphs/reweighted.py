@@ -21,7 +21,7 @@ from smallgain_jax._checks import (
     float_dtype,
 )
 from smallgain_jax._show import shows
-from smallgain_jax._tree import select
+from smallgain_jax._tree import select, vdot
 from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
 from smallgain_jax.graphs.weights import Move, Rule, scaled, term_norms, unspent
@@ -265,7 +265,7 @@ def _anchor(here: Place, decided: Move) -> jax.Array:
     short = climb > jnp.maximum(free, 0)
     part = jnp.where(short, jnp.maximum(free, 0) / jnp.where(short, climb, 1), 1)
     fraction = jnp.min(part, initial=1.0)
-    everything = jnp.vdot(here.dearest, 1 - low)
+    everything = vdot(here.dearest, 1 - low)
     short = everything > decided.most_global
     limited = jnp.where(short, decided.most_global, 1) / jnp.where(short, everything, 1)
     return low + jnp.minimum(fraction, limited) * (1 - low)
@@ -290,8 +290,8 @@ def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.
     start, change = plain + of(anchor - 1), of(weights - anchor)
     fractions = jnp.append(0.5 ** jnp.arange(8, dtype=weights.dtype), 0)
     # |s + f c| and <s + f c, p> are polynomials in f: a few inner products serve all fractions
-    pp, sp, cp = (jnp.vdot(plain, other) for other in (plain, start, change))
-    ss, sc, cc = jnp.vdot(start, start), jnp.vdot(start, change), jnp.vdot(change, change)
+    pp, sp, cp = (vdot(plain, other) for other in (plain, start, change))
+    ss, sc, cc = vdot(start, start), vdot(start, change), vdot(change, change)
     norms = jnp.sqrt(jnp.maximum(pp * (ss + 2 * fractions * sc + fractions**2 * cc), 0))
     agrees = (sp + fractions * cp >= AGREEMENT * norms).at[-1].set(True)
     return anchor + fractions[jnp.argmax(agrees)] * (weights - anchor)
@@ -329,7 +329,7 @@ def _report(
         margin_rows=margin,
         margin_global=jnp.min(margin, initial=jnp.finfo(margin.dtype).max),
         spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
-        spent_global=jnp.vdot(here.dearest, raised),
+        spent_global=vdot(here.dearest, raised),
         cost=here.dearest,
         gradient_norms=term_norms(here.snapshot.term_gradients),
         hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._tree import HIGHEST
 from smallgain_jax.losses.losses import Batch, Losses
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
 from smallgain_jax.losses.state import Settings, TrainingState, Vectors
@@ -218,7 +219,7 @@ def mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:
     """sum_k m_k of the leading axis."""
     mix = mix.astype(stacked.dtype)
     if stacked.shape[0] > 2 * SWITCHED:
-        return jnp.tensordot(mix, stacked, axes=1)
+        return jnp.tensordot(mix, stacked, axes=1, precision=HIGHEST)
     # unlike a product of matrices this fuses with what comes next
     parts = [mix[k] * stacked[k] for k in range(stacked.shape[0])]
     return sum(parts[1:], parts[0])

@@ -24,7 +24,7 @@ from smallgain_jax._checks import (
     float_dtype,
     is_concrete,
 )
-from smallgain_jax._tree import select, when
+from smallgain_jax._tree import select, vdot, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
 from smallgain_jax.losses.incoming import (
@@ -553,8 +553,8 @@ def _judge(
         safe = settings.target * info.limit / jnp.where(known, info.sharpness, 1)
         verdict: Verdict = judge(
             watch,
-            jnp.vdot(weights, here),
-            jnp.vdot(weights, there),
+            vdot(weights, here),
+            vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
         first, missed = arrived(watch, distance)
@@ -591,11 +591,11 @@ def _weighted_args(
     """What a line search inside is told, of the objective that is in force."""
     known: dict[str, Any] = {"grad": gradient}
     if seen.values is not None:
-        known["value"] = jnp.vdot(weights, seen.values.astype(weights.dtype))
+        known["value"] = vdot(weights, seen.values.astype(weights.dtype))
 
     def value_fn(params: Any) -> jax.Array:
         values = losses.values(params, *batch.args, **batch.kwargs)
-        return jnp.vdot(weights.astype(values.dtype), values)
+        return vdot(weights.astype(values.dtype), values)
 
     known["value_fn"] = value_fn
     return extra_args | {name: what for name, what in known.items() if name in extra_args}
@@ -613,7 +613,7 @@ def _factors(settings: Settings, state: TrainingState, decision: _Decision) -> _
     prices = decision.measured.prices
     # weights moved since the sum was measured: scale its sharpness with the total cost
     before, after = (
-        jnp.vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
+        vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
         for w in (state.log_weights, decision.log_weights)
     )
     drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import check_optimizer
+from smallgain_jax._tree import vdot
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.state import TrainingState
 
@@ -75,13 +76,13 @@ def train_step(
         ) -> jax.Array:
             # optax's line searches insist that value_fn names every extra argument of update
             del term_args, term_values, weighted
-            return jnp.vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
+            return vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
 
         updates, state = update(
             gradient,
             state,
             params,
-            value=jnp.vdot(weights.astype(values.dtype), values),
+            value=vdot(weights.astype(values.dtype), values),
             grad=gradient,
             value_fn=value_fn,
             term_args=Batch(args, kwargs),

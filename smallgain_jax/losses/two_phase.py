@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
 from smallgain_jax._show import shows
-from smallgain_jax._tree import HIGHEST, all_finite, select, stat_dtype, zero_count
+from smallgain_jax._tree import HIGHEST, all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import (
     Balance,
     as_losses,
@@ -511,8 +511,8 @@ def _least_residual(
     scale = jnp.max(jnp.abs(projected))
     scale = jnp.where(scale > 0, scale, 1)
     coefficients = jnp.linalg.lstsq(projected / scale, target)[0]
-    left = jnp.linalg.norm(projected / scale @ coefficients - target)
-    return length / scale * (coefficients @ space.basis), jnp.minimum(left, 1)
+    left = jnp.linalg.norm(matmul(projected / scale, coefficients) - target)
+    return length / scale * matmul(coefficients, space.basis), jnp.minimum(left, 1)
 
 
 def _smallest_curvature(
@@ -533,7 +533,7 @@ def _smallest_curvature(
     matrix = tridiagonal(space._replace(diagonal=diagonal), rows=diagonal.size)
     usable = jnp.all(jnp.isfinite(matrix))
     values, vectors = jnp.linalg.eigh(jnp.where(usable, matrix, 0))
-    direction = vectors[:, 0] @ space.basis
+    direction = matmul(vectors[:, 0], space.basis)
     norm = jnp.linalg.norm(direction)
     direction = direction / jnp.where(norm > 0, norm, 1)
     smallest = jnp.where(usable, values[0], jnp.nan)

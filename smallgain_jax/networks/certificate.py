@@ -121,9 +121,10 @@ def lipschitz_lower_bound(
 
     Ascent moves x along the normalized gradient, with steps that shrink linearly to zero, and v by
     the power iteration $v \leftarrow J^\top J v$. Every gain met is one that the network attains
-    where it is differentiable, so the largest is a lower bound, up to rounding. Piecewise linear
-    networks have no slope in x to follow: there the spread of the starts searches, and steps of
-    random direction stand in for the gradient.
+    where it is differentiable, so the largest is a lower bound, up to rounding; the network's own
+    products are taken in all bits of float32, whatever `jax_default_matmul_precision` is. Piecewise
+    linear networks have no slope in x to follow: there the spread of the starts searches, and steps
+    of random direction stand in for the gradient.
 
     Args:
       fn: network of one input, [d] -> [k].
@@ -149,8 +150,13 @@ def lipschitz_lower_bound(
     check_positive("step_size", step_size)
     dtype = jnp.promote_types(starts.dtype, jnp.float32)
 
+    def network(x: jax.Array) -> jax.Array:
+        # a gain of rounded weights may exceed every gain of the weights themselves
+        with jax.default_matmul_precision("highest"):
+            return fn(x)
+
     def log_gain(x: jax.Array, v: jax.Array) -> jax.Array:
-        stretched = jax.jvp(fn, (x,), (v,))[1]
+        stretched = jax.jvp(network, (x,), (v,))[1]
         return jnp.log(jnp.maximum(jnp.sum(stretched**2), jnp.finfo(dtype).tiny)) / 2
 
     def search(x: jax.Array, key: jax.Array) -> LowerBound:
@@ -160,9 +166,9 @@ def lipschitz_lower_bound(
 
         def climb(carry: tuple[Any, ...], k: jax.Array) -> tuple[tuple[Any, ...], None]:
             x, v, best = carry
-            outward, pull = jax.vjp(fn, x)
+            outward, pull = jax.vjp(network, x)
             del outward
-            (turned,) = pull(jax.jvp(fn, (x,), (v,))[1])
+            (turned,) = pull(jax.jvp(network, (x,), (v,))[1])
             v = jnp.where(jnp.sum(turned**2) > 0, _unit(turned), v)
             gain, slope = jax.value_and_grad(log_gain)(x, v)
             better = jnp.isfinite(gain) & (gain > best[0])
