@@ -247,16 +247,18 @@ BASES = {
 
 @pytest.mark.once
 @pytest.mark.parametrize("base", BASES)
-@pytest.mark.parametrize("times", [1.02, 3, 10, 100])
-def test_no_rate_diverges(base, times):
+def test_no_rate_diverges(base):
     make, rate = BASES[base]
 
     def fn(p):
         x, y = jnp.asarray(INPUTS, p.dtype), jnp.asarray(10 * TARGETS[:, 0], p.dtype)
         return {"fit": jnp.mean((x @ p - y) ** 2), "l2": 0.1 * jnp.sum(p**2)}
 
-    x, _ = train(sg.small_gain(make(times * rate), fn), fn, jnp.zeros(3), 1000)
-    assert total(fn, x) <= total(fn, jnp.zeros(3))
+    def final(times):
+        return total(fn, train(sg.small_gain(make(times * rate), fn), fn, jnp.zeros(3), 1000)[0])
+
+    found = jax.lax.map(final, jnp.array([1.02, 3, 10, 100]))
+    assert np.all(found <= total(fn, jnp.zeros(3)))
 
 
 @pytest.mark.once
