@@ -571,15 +571,27 @@ def test_what_comes_after_it_turns_the_guard_off_and_is_reported(factor):
     fn = lambda x: {"a": 50 * jnp.sum(x**2)}
     inner = sg.small_gain(optax.sgd(0.04 / factor), fn)
 
-    def behind():
-        found = train(optax.chain(inner, optax.scale(factor)), fn, jnp.ones(2), 60)
-        jax.effects_barrier()
-        return found
-
-    with pytest.warns(UserWarning, match=r"did not arrive.*inside"):
-        _, state = behind()
+    optimizer = optax.chain(inner, optax.scale(factor))
+    x, state = train(optimizer, fn, jnp.ones(2), 60)
     assert state[0].info.rewinds == 1
     assert state[0].watch.lost
+    # a compiled loop says nothing; the host does, where it holds the state
+    with pytest.warns(UserWarning, match=r"did not arrive.*inside"):
+        inner.update(jnp.ones(2), state[0], x)
+    step = sg.train_step(fn, optimizer)
+    with pytest.warns(UserWarning, match=r"did not arrive.*inside"):
+        x, state, _ = step(x, state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        step(x, state)
+    shares = sg.small_gain(optax.sgd(0.04 / factor), fn, policy="fair")
+
+    def behind():
+        train(optax.chain(shares, optax.scale(factor)), fn, jnp.ones(2), 60)
+        jax.effects_barrier()
+
+    with pytest.warns(UserWarning, match=r"did not arrive.*inside"):
+        behind()
 
 
 @pytest.mark.once

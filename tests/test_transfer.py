@@ -105,7 +105,7 @@ def test_steps_run_under_the_guard(name):
     assert step._cache_size() == 1
 
 
-SILENT = [name for name in STEPS if name not in ("small_gain", "small_gain fair")]
+SILENT = [name for name in STEPS if name != "small_gain fair"]
 
 
 @pytest.mark.parametrize("name", SILENT)
@@ -118,12 +118,15 @@ def test_no_step_calls_back(name):
     ("settings", "expected"),
     [
         ({"guard": None}, 0),
-        ({}, 1),
+        ({}, 0),
         ({"policy": "fair", "guard": None}, 1),
         ({"policy": "fair"}, 2),
     ],
 )
 def test_losses_call_back_only_where_there_may_be_something_to_report(settings, expected):
-    """Two warnings: foreign updates that cannot be reweighted, and a way back that was missed."""
+    """Two warnings: foreign updates that cannot be reweighted, and a way back that was missed.
+
+    The default leaves the second one to the host, for a callback slows down every call.
+    """
     fn, carry, arguments = training(sg.small_gain(optax.adam(0.1), waves, **settings))
     assert len(callbacks(fn, (carry, *arguments))) == expected

@@ -34,6 +34,7 @@ from smallgain_jax.losses.incoming import (
     is_foreign,
     observe,
     report,
+    report_lost,
     report_missed,
 )
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
@@ -331,6 +332,7 @@ def _transformation(
         return move, cast_like(new_state, state)
 
     compiled = jax.jit(compute, static_argnames="weighted")
+    reported: set[str] = set()
 
     def update(
         updates: Any, state: TrainingState, params: Any = None, **given: Any
@@ -340,6 +342,8 @@ def _transformation(
         # branches on the state would compile anew at every call outside of a program
         ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
         run = compiled if ready else compute
+        if ready and not settings.reweights:
+            reported.update(report_lost(state, reported))
         found: tuple[Any, TrainingState] = run(updates, state, params, weighted=weighted, **given)
         return found
 
@@ -562,8 +566,9 @@ def _judge(
         rewind = verdict.rewind & ~watch.lost
         way = jnp.where(rewind, distance, 0)
         anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
-        alarm = partial(jax.debug.callback, report_missed, missed)
-        jax.lax.cond(missed, alarm, lambda: None)
+        if settings.reweights:  # these programs hold a callback anyway, and start slower for it
+            alarm = partial(jax.debug.callback, report_missed, missed)
+            jax.lax.cond(missed, alarm, lambda: None)
         here = jnp.where(jnp.isfinite(here), here, info.losses)
         found = _Judgement(verdict.watch._replace(anchor=anchor, way=way), rewind, here)
         return cast_like(found, kept)
