@@ -26,8 +26,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import still
 from smallgain_jax.graphs.descent import Metric
-from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import projected_step
 
@@ -39,7 +40,7 @@ class Solution(eqx.Module):
 
     x: jax.Array
     slack: jax.Array  # like x: moves below this are rounding, in units of x
-    graph: EnergyGraph
+    objective: Objective
     box: Box
     metric: Metric | None
 
@@ -59,9 +60,9 @@ def _acting(gap: jax.Array) -> jax.Array:
 
 
 def _sides(solution: Solution) -> _Sides:
-    x, graph, box = solution.x, solution.graph, solution.box
-    rows = graph.rows(x, _acting)
-    inside = projected_step(x, graph.gradient(x), rows, box)
+    x, objective, box = solution.x, solution.objective, solution.box
+    rows = objective.rows(x, _acting)
+    inside = projected_step(x, objective.gradient(x), rows, box)
     lower = (x <= box.lower) & (inside <= solution.slack)
     upper = (x >= box.upper) & (inside >= -solution.slack) & ~lower
     return _Sides(lower, upper, ~(lower | upper) & (rows > 0), rows)
@@ -75,7 +76,7 @@ def _placed(x: jax.Array, box: Box, sides: _Sides) -> jax.Array:
 
 @eqx.filter_custom_jvp
 def minimizer(solution: Solution) -> jax.Array:
-    """`solution.x`, with the derivative of the minimizer by every float of graph and box."""
+    """`solution.x`, with the derivative of the minimizer by every float of objective and box."""
     return solution.x
 
 
@@ -84,24 +85,23 @@ def _minimizer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (solution,), (change,) = primals, tangents
     # once more through this rule: so it has derivatives of its own
     x = minimizer(solution)
-    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
-    fixed = eqx.combine(fixed, solution)
+    fixed = still(solution)
     sides = _sides(fixed)
-    graph = solution.graph
+    objective = solution.objective
 
-    def conditions(graph: EnergyGraph, box: Box) -> tuple[jax.Array, jax.Array]:
+    def conditions(objective: Objective, box: Box) -> tuple[jax.Array, jax.Array]:
         at = _placed(x, box, sides)
-        return jnp.where(sides.free, graph.gradient(at).astype(x.dtype), 0), at
+        return jnp.where(sides.free, objective.gradient(at).astype(x.dtype), 0), at
 
     def product(v: jax.Array) -> jax.Array:
         # on held coordinates the rows, so that it is regular
-        bent = jax.jvp(graph.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
+        bent = jax.jvp(objective.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
         return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
 
     def solve(product: Product, right: jax.Array) -> jax.Array:
         return _solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
 
-    right, bound = _change(conditions, (graph, solution.box), (change.graph, change.box))
+    right, bound = _change(conditions, (objective, solution.box), (change.objective, change.box))
     move = jax.lax.custom_linear_solve(product, right, solve, symmetric=True)
     return x, jnp.where(sides.free, -move, bound)
 
@@ -116,13 +116,12 @@ def minimum(value: jax.Array, solution: Solution) -> jax.Array:
 def _minimum_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (value, solution), (_, change) = primals, tangents
     x = minimizer(solution)
-    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
-    sides = _sides(eqx.combine(fixed, solution))
+    sides = _sides(still(solution))
 
-    def energy(graph: EnergyGraph, box: Box) -> jax.Array:
-        return graph.energy(_placed(x, box, sides)).astype(value.dtype)
+    def energy(objective: Objective, box: Box) -> jax.Array:
+        return objective.energy(_placed(x, box, sides)).astype(value.dtype)
 
-    moved = _change(energy, (solution.graph, solution.box), (change.graph, change.box))
+    moved = _change(energy, (solution.objective, solution.box), (change.objective, change.box))
     return minimum(value, solution), moved
 
 
@@ -145,7 +144,7 @@ def _preconditioner(solution: Solution, sides: _Sides) -> Product:
     rows = _positive(sides.rows)
     if solution.metric is None:
         return lambda r: r / rows
-    apply = solution.metric.precondition(solution.graph, solution.x, rows, sides.free)
+    apply = solution.metric.precondition(solution.objective, solution.x, rows, sides.free)
     return lambda r: jnp.where(sides.free, apply(jnp.where(sides.free, r, 0)), r / rows)
 
 

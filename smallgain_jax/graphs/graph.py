@@ -382,8 +382,8 @@ class EnergyGraph(eqx.Module):
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
 
 
-def alike(a: EnergyGraph, b: EnergyGraph) -> bool:
-    """Whether two graphs differ in numbers alone."""
+def alike(a: Any, b: Any) -> bool:
+    """Whether two graphs, or other objectives, differ in numbers alone."""
     ours: Any = jax.tree.structure(a)
     shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
     return bool(ours == jax.tree.structure(b)) and bool(shapes(a) == shapes(b))

@@ -1,5 +1,6 @@
-"""Relaxation of an energy graph: optax updates inside a box, and the minimizer's derivative."""
+"""Relaxation of an energy graph or a function over a box, and the minimizer's derivative."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,15 +12,21 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, check_finite, check_optimizer, is_concrete
+from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
 from smallgain_jax.graphs.choice import MetricChoice, choose_metric
 from smallgain_jax.graphs.descent import Metric, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.newton import truncated_newton
+from smallgain_jax.graphs.objective import Function, function
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
 
 ADJOINTS = ("implicit", "unrolled")
+
+UNIT = (0.0, 1.0)
+"""The default box of a graph."""
 
 
 class RelaxInfo(NamedTuple):
@@ -42,12 +49,14 @@ class RelaxResult(NamedTuple):
 
 
 def relax(
-    graph: EnergyGraph,
-    x0: ArrayLike,
+    objective: EnergyGraph | Callable[..., jax.Array],
+    x0: Any,
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 100,
-    bounds: tuple[ArrayLike, ArrayLike] | None = (0.0, 1.0),
+    bounds: tuple[Any, Any] | str | None = "default",
     *,
+    args: tuple[Any, ...] = (),
+    rows: Any = None,
     tol: float | jax.Array | None = None,
     adjoint: str = "implicit",
     metric: str | Metric = "rows",
@@ -111,23 +120,11 @@ def relax(
     >>> result.x.round(4).tolist(), RelaxStatus(int(result.info.status)).name
     ([0.0, 0.0], 'CONVERGED')
     """
-    metric = _chosen(metric, graph, x0)
-    _check(graph, optimizer, steps, tol, adjoint, metric)
-    x0 = as_float("x0", x0)
-    if x0.ndim not in (1, 2) or x0.shape[0] != graph.num_nodes:
-        raise ValueError(
-            f"x0 has shape {x0.shape}, expected [{graph.num_nodes}] or [{graph.num_nodes}, d]"
-        )
-    check_finite("x0", x0)
-    problem = _Problem(
-        graph,
-        x0,
-        optimizer,
-        _box(bounds, x0),
-        None if isinstance(metric, str) else metric,
-        record,
-        state,
-    )
+    metric = _chosen(metric, objective, x0)
+    _check(objective, optimizer, steps, tol, adjoint, metric)
+    objective, x0, box = _posed(objective, x0, bounds, args, rows)
+    metric = None if isinstance(metric, str) else metric
+    problem = _Problem(objective, x0, optimizer, box, metric, record, state)
     data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     leaves, structure = jax.tree.flatten(rest)
     # history has a static size: of a power of two, so that other steps need no other program
@@ -140,13 +137,38 @@ def relax(
 
 
 class _Problem(NamedTuple):
-    graph: EnergyGraph
+    objective: EnergyGraph | Function
     x0: jax.Array
     optimizer: optax.GradientTransformation | None
     box: Box | None
     metric: Metric | None
     record: Any
     state: Any
+
+
+def _posed(
+    objective: Any, x0: Any, bounds: Any, args: Any, rows: Any
+) -> tuple[EnergyGraph | Function, jax.Array, Box | None]:
+    """What is minimized over one array, where from, and over which box."""
+    if not isinstance(objective, EnergyGraph):
+        posed, x0 = function(objective, x0, args, rows)
+        return posed, x0, None if bounds == "default" else _spread_box(bounds, posed)
+    if args or rows is not None:
+        raise TypeError("args and rows go with a function: a graph holds all that it depends on")
+    x0, nodes = as_float("x0", x0), objective.num_nodes
+    if x0.ndim not in (1, 2) or x0.shape[0] != nodes:
+        raise ValueError(f"x0 has shape {x0.shape}, expected [{nodes}] or [{nodes}, d]")
+    check_finite("x0", x0)
+    return objective, x0, _box(UNIT if bounds == "default" else bounds, x0.shape)
+
+
+def _spread_box(bounds: Any, posed: Function) -> Box | None:
+    """The box of a function, each end one array like x0's."""
+    if bounds is not None:
+        _check_pair(bounds)
+        names = ("bounds: lower", "bounds: upper")
+        bounds = [posed.layout.spread(*end) for end in zip(names, bounds, strict=True)]
+    return _box(bounds, (posed.layout.size,))
 
 
 def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
@@ -159,11 +181,12 @@ def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
 
 
 def _check(
-    graph: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
+    objective: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
 ) -> None:
-    if not isinstance(graph, EnergyGraph):
+    if not isinstance(objective, EnergyGraph) and not callable(objective):
         raise TypeError(
-            f"graph must be an EnergyGraph, got {type(graph).__name__}: relax(graph, x0, ...)"
+            "objective must be an EnergyGraph or a function, got "
+            f"{type(objective).__name__}: relax(objective, x0, ...)"
         )
     if optimizer is not None:
         check_optimizer("optimizer", optimizer)
@@ -186,11 +209,11 @@ def _check(
             f"metric = {metric!r} is unknown: 'rows', 'auto', or an object with a method "
             "precondition, as sg.multilevel(graph)"
         )
+    if not isinstance(metric, str) and not isinstance(objective, EnergyGraph):
+        raise ValueError("metric is for graphs: what conditions a function is given as rows")
 
 
-def _box(bounds: Any, x0: jax.Array) -> Box | None:
-    if bounds is None:
-        return None
+def _check_pair(bounds: Any) -> None:
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError("bounds must be a pair (lower, upper) or None")
     if isinstance(bounds, list) and all(isinstance(end, tuple) for end in bounds):
@@ -198,11 +221,15 @@ def _box(bounds: Any, x0: jax.Array) -> Box | None:
             "bounds is a list of pairs, one a node: give the pair (lower, upper), each a number "
             "or shaped like x0"
         )
+
+
+def _box(bounds: Any, shape: tuple[int, ...]) -> Box | None:
+    if bounds is None:
+        return None
+    _check_pair(bounds)
     for name, end in zip(("lower", "upper"), bounds, strict=True):
-        if jnp.shape(end) not in ((), x0.shape):
-            raise ValueError(
-                f"bounds: {name} has shape {jnp.shape(end)}, expected () or {x0.shape}"
-            )
+        if jnp.shape(end) not in ((), shape):
+            raise ValueError(f"bounds: {name} has shape {jnp.shape(end)}, expected () or {shape}")
         # on the host: inside jit, an operation on known arrays gives an unknown one
         if is_concrete(end) and np.isnan(np.asarray(end, float)).any():
             raise ValueError(f"bounds: {name} must not be NaN")
@@ -223,34 +250,62 @@ def _compiled(
     adjoint: str,
 ) -> RelaxResult:
     problem = _Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
-    # in here: tracing the energy at every call would cost more than many a relaxation
-    dtype = jax.eval_shape(problem.graph.energy, problem.x0).dtype
-    box = None if problem.box is None else Box(*(end.astype(dtype) for end in problem.box))
-    problem = problem._replace(x0=problem.x0.astype(dtype), box=box)
+    problem = _settled(problem)
+    box, dtype = problem.box, problem.x0.dtype
     tol = jax.lax.stop_gradient(
         jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     )
     if adjoint == "unrolled":
-        run = _run(problem, tol)
+        run = _run(problem, tol, adjoint)
         first = iteration.start(run, problem.x0, problem.state)
         path = iteration.unrolled(run, first, capacity)
-        return _result(path, path.end.x, path.energies)
-    path = _still(lambda: _looped(problem, tol, limit, capacity))()
+        return _result(problem, path, path.end.x, path.energies)
+    # none by anything that it closes over, an optimizer's closures included
+    path = still(eqx.filter_closure_convert(lambda: _looped(problem, tol, limit, capacity)))()
     end = path.end
     walls = Box(jnp.asarray(-jnp.inf, dtype), jnp.asarray(jnp.inf, dtype)) if box is None else box
-    solution = Solution(end.x, tol * end.scale, problem.graph, walls, problem.metric)
+    solution = Solution(end.x, tol * end.scale, problem.objective, walls, problem.metric)
     value = minimum(end.here.value, solution)
     energies = jnp.where(jnp.arange(capacity + 1) >= end.steps, value, path.energies)
-    return _result(path, minimizer(solution), energies)
+    return _result(problem, path, minimizer(solution), energies)
 
 
-def _run(problem: _Problem, tol: jax.Array) -> iteration.Run:
+def _settled(problem: _Problem) -> _Problem:
+    """The problem in the dtype of its value, all that it depends on among its leaves.
+
+    Inside the program: tracing an objective at every call would cost more than many a relaxation.
+    """
+    objective, x0, box = problem.objective, problem.x0, problem.box
+    dtype = jax.eval_shape(objective.energy, x0).dtype
+    x0 = x0.astype(dtype)
+    if isinstance(objective, Function):
+        objective = objective.closed(x0)
+    sound = jnp.ones((), bool)
+    if box is not None:
+        box = Box(*(end.astype(dtype) for end in box))
+        sound &= jnp.all(box.lower <= box.upper)
+    if isinstance(objective, EnergyGraph):
+        for family in objective.edges:
+            sound &= jnp.all(family.weight >= 0)
+    # what would have been an error had it been known before
+    x0 = jnp.where(sound, x0, jnp.nan)
+    return problem._replace(objective=objective, x0=x0, box=box)
+
+
+def _default(problem: _Problem, adjoint: str) -> optax.GradientTransformation:
+    """The best that the library has for it; Newton's inner loop has no reverse mode."""
+    if isinstance(problem.objective, Function) and adjoint == "implicit":
+        return truncated_newton(problem.objective)
+    return majorized_descent(problem.objective, metric=problem.metric)
+
+
+def _run(problem: _Problem, tol: jax.Array, adjoint: str = "implicit") -> iteration.Run:
     optimizer = problem.optimizer
     if optimizer is None:
-        optimizer = majorized_descent(problem.graph, metric=problem.metric)
+        optimizer = _default(problem, adjoint)
     record = problem.record or (lambda _: None)
     optimizer = optax.with_extra_args_support(optimizer)
-    return iteration.Run(problem.graph, optimizer, problem.box, tol, record)
+    return iteration.Run(problem.objective, optimizer, problem.box, tol, record)
 
 
 def _looped(problem: _Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
@@ -259,16 +314,12 @@ def _looped(problem: _Problem, tol: jax.Array, limit: jax.Array, capacity: int) 
     return iteration.loop(run, first, limit, capacity)
 
 
-def _still(fn: Any) -> Any:
-    """`fn` with no derivative by anything that it closes over, an optimizer's closures included."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
-        eqx.filter_closure_convert(fn),
-    )
-
-
-def _result(path: iteration.Path, x: jax.Array, energies: jax.Array) -> RelaxResult:
-    end = path.end
+def _result(
+    problem: _Problem, path: iteration.Path, x: jax.Array, energies: jax.Array
+) -> RelaxResult:
+    end, objective = path.end, problem.objective
+    if isinstance(objective, Function):
+        x = objective.layout.unravel(x)
     converged = end.status == RelaxStatus.CONVERGED
     info = RelaxInfo(end.steps, converged, end.status, end.optimality, path.history)
     return RelaxResult(x, energies, info, end.state)
