@@ -16,10 +16,12 @@ derivatives only; this rule gives the one on the side of the bound. A coordinate
 is zero is held too: the objective does not determine it, and it stays where it started.
 
 Where the Hessian on the free coordinates is singular or indefinite there is no derivative, and the
-result is NaN, as it is wherever the solve does not reach a relative residual of sqrt(eps).
+result is NaN, as it is wherever the solve does not reach a relative residual of sqrt(eps). A
+derivative has no place for more than that; `adjoint_report` makes the solve and says how it went.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -30,7 +32,7 @@ from smallgain_jax._tree import still
 from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.stopping import projected_step
+from smallgain_jax.search.stopping import length_scale, optimality, projected_step
 
 Product = Callable[[jax.Array], jax.Array]
 
@@ -93,17 +95,21 @@ def _minimizer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
         at = _placed(x, box, sides)
         return jnp.where(sides.free, objective.gradient(at).astype(x.dtype), 0), at
 
-    def product(v: jax.Array) -> jax.Array:
-        # on held coordinates the rows, so that it is regular
-        bent = jax.jvp(objective.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
-        return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
+    product = partial(_bent, objective, x, sides)
 
     def solve(product: Product, right: jax.Array) -> jax.Array:
-        return _solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
+        answer = solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
+        return jnp.where(answer.sound, answer.solution, jnp.nan)
 
     right, bound = _change(conditions, (objective, solution.box), (change.objective, change.box))
     move = jax.lax.custom_linear_solve(product, right, solve, symmetric=True)
     return x, jnp.where(sides.free, -move, bound)
+
+
+def _bent(objective: Objective, x: jax.Array, sides: _Sides, v: jax.Array) -> jax.Array:
+    """The free Hessian times v; on held coordinates the rows, so that it is regular."""
+    bent = jax.jvp(objective.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
+    return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
 
 
 @eqx.filter_custom_jvp
@@ -157,10 +163,17 @@ class _Conjugate(NamedTuple):
     sound: jax.Array  # [] bool, curvature along the last direction was positive
 
 
-def _solved(
-    product: Product, right: jax.Array, precondition: Product, rows: jax.Array
-) -> jax.Array:
-    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952); NaN where they fail.
+class Answer(NamedTuple):
+    """What conjugate gradients found."""
+
+    solution: jax.Array
+    steps: jax.Array  # [] int32
+    residual: jax.Array  # [] of the solution, relative, in the norm of the preconditioner
+    sound: jax.Array  # [] bool, it is small enough
+
+
+def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.Array) -> Answer:
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952).
 
     Steps until the residual, in the preconditioner's norm, is eps^(3/4) of the right side; what
     is asked of the answer, by a residual computed afresh, is sqrt(eps).
@@ -190,7 +203,36 @@ def _solved(
     begin = _Conjugate(
         jnp.zeros_like(right), right, scaled, norm, jnp.zeros((), jnp.int32), jnp.ones((), bool)
     )
-    found = jax.lax.while_loop(going, step, begin).solution
-    rest = right - product(found)
-    # not <=: a NaN on the way must not pass
-    return jnp.where(jnp.vdot(rest, precondition(rest)) <= eps * norm, found, jnp.nan)
+    end = jax.lax.while_loop(going, step, begin)
+    rest = right - product(end.solution)
+    left = jnp.vdot(rest, precondition(rest))
+    relative = jnp.sqrt(left / jnp.where(norm > 0, norm, 1))
+    # not >: a NaN on the way must not pass
+    return Answer(end.solution, end.steps, relative, left <= eps * norm)
+
+
+class AdjointReport(NamedTuple):
+    """How the linear solve behind a derivative of the minimizer goes."""
+
+    sound: jax.Array  # [] bool; where False, derivatives that need this solve are NaN
+    residual: jax.Array  # [] relative to the right side, in the norm of the preconditioner
+    iterations: jax.Array  # [] int32, Hessian-vector products
+    free: jax.Array  # [] int32, coordinates that no bound holds
+    optimality: jax.Array  # [] of x as `RelaxInfo` has it: the derivative is that of a minimizer
+
+
+def reported(solution: Solution, cotangent: jax.Array) -> AdjointReport:
+    """The solve of the adjoint system for one cotangent, as reverse mode makes it."""
+    sides = _sides(solution)
+    right = jnp.where(sides.free, cotangent, 0)
+    product = partial(_bent, solution.objective, solution.x, sides)
+    answer = solved(product, right, _preconditioner(solution, sides), _positive(sides.rows))
+    gradient = solution.objective.gradient(solution.x)
+    step = projected_step(solution.x, gradient, sides.rows, solution.box)
+    return AdjointReport(
+        answer.sound,
+        answer.residual,
+        answer.steps,
+        jnp.sum(sides.free),
+        optimality(step, length_scale(solution.x, step, solution.box)),
+    )

@@ -136,7 +136,7 @@ def loop(run: Run, first: Iterate, limit: jax.Array, capacity: int) -> Path:
         return ~path.end.ended & (path.end.steps < limit)
 
     def step(path: Path) -> Path:
-        end = _advance(run, path.end)
+        end = advance(run, path.end)
         energies = path.energies.at[end.steps].set(end.here.value)
         keep = partial(jax.tree.map, lambda all_, one: all_.at[end.steps - 1].set(one))
         return Path(end, energies, keep(path.history, run.record(end.state)))
@@ -156,7 +156,7 @@ def unrolled(run: Run, first: Iterate, steps: int) -> Path:
 
     def step(iterate: Iterate, _: None) -> tuple[Iterate, Any]:
         over = iterate.ended | (iterate.steps >= steps)
-        iterate = jax.lax.cond(over, lambda it: it, partial(_advance, run), iterate)
+        iterate = jax.lax.cond(over, lambda it: it, partial(advance, run), iterate)
         return iterate, (iterate.here.value, run.record(iterate.state))
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -181,7 +181,7 @@ def _filled(run: Run, path: Path, capacity: int) -> Path:
     return Path(path.end, energies, jax.tree.map(fill, path.history, last))
 
 
-def _advance(run: Run, it: Iterate) -> Iterate:
+def advance(run: Run, it: Iterate) -> Iterate:
     """One update of the optimizer, projected, and what is known there."""
     free = jnp.where(run.walls.blocks(it.x, -it.here.gradient), 0, it.here.gradient)
     updates, state = run.optimizer.update(

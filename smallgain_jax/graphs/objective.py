@@ -107,7 +107,7 @@ class Layout(NamedTuple):
 
 def laid_out(x0: Any) -> tuple[jax.Array, Layout]:
     """The leaves of x0 as one vector, and how they lie there; TypeError for other leaves."""
-    leaves = []
+    leaves: list[jax.Array] = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(x0):
         name = f"x0{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, ARRAYS):
@@ -115,7 +115,7 @@ def laid_out(x0: Any) -> tuple[jax.Array, Layout]:
                 f"{name} is {type(leaf).__name__}, not an array: keep what is not to be "
                 "minimized out of x0, as by equinox.partition(model, equinox.is_inexact_array)"
             )
-        leaves.append(as_float(name, leaf))
+        leaves.append(as_float(name, jnp.asarray(leaf)))
         check_finite(name, leaves[-1])
     layout = Layout(jax.tree.structure(x0), tuple(leaf.shape for leaf in leaves))
     return layout.ravel(leaves), layout

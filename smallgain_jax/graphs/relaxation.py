@@ -9,24 +9,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, check_optimizer, is_concrete
+from smallgain_jax._checks import check_optimizer, is_concrete
 from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
-from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
+from smallgain_jax.graphs.adjoint import AdjointReport, Solution, minimizer, minimum, reported
 from smallgain_jax.graphs.choice import MetricChoice, choose_metric
-from smallgain_jax.graphs.descent import Metric, majorized_descent
+from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.newton import truncated_newton
-from smallgain_jax.graphs.objective import Function, function
-from smallgain_jax.search.box import Box
-from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
+from smallgain_jax.graphs.objective import Function
+from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, walls_of
+from smallgain_jax.search.stopping import (
+    RelaxStatus,
+    default_tolerance,
+    length_scale,
+    projected_step,
+)
 
 ADJOINTS = ("implicit", "unrolled")
-
-UNIT = (0.0, 1.0)
-"""The default box of a graph."""
 
 
 class RelaxInfo(NamedTuple):
@@ -122,9 +122,8 @@ def relax(
     """
     metric = _chosen(metric, objective, x0)
     _check(objective, optimizer, steps, tol, adjoint, metric)
-    objective, x0, box = _posed(objective, x0, bounds, args, rows)
-    metric = None if isinstance(metric, str) else metric
-    problem = _Problem(objective, x0, optimizer, box, metric, record, state)
+    better = None if isinstance(metric, str) else metric
+    problem = Problem(*posed(objective, x0, bounds, args, rows), optimizer, better, record, state)
     data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     leaves, structure = jax.tree.flatten(rest)
     # history has a static size: of a power of two, so that other steps need no other program
@@ -136,45 +135,10 @@ def relax(
     return result if capacity == steps else result._replace(energy=result.energy[: steps + 1])
 
 
-class _Problem(NamedTuple):
-    objective: EnergyGraph | Function
-    x0: jax.Array
-    optimizer: optax.GradientTransformation | None
-    box: Box | None
-    metric: Metric | None
-    record: Any
-    state: Any
-
-
-def _posed(
-    objective: Any, x0: Any, bounds: Any, args: Any, rows: Any
-) -> tuple[EnergyGraph | Function, jax.Array, Box | None]:
-    """What is minimized over one array, where from, and over which box."""
-    if not isinstance(objective, EnergyGraph):
-        posed, x0 = function(objective, x0, args, rows)
-        return posed, x0, None if bounds == "default" else _spread_box(bounds, posed)
-    if args or rows is not None:
-        raise TypeError("args and rows go with a function: a graph holds all that it depends on")
-    x0, nodes = as_float("x0", x0), objective.num_nodes
-    if x0.ndim not in (1, 2) or x0.shape[0] != nodes:
-        raise ValueError(f"x0 has shape {x0.shape}, expected [{nodes}] or [{nodes}, d]")
-    check_finite("x0", x0)
-    return objective, x0, _box(UNIT if bounds == "default" else bounds, x0.shape)
-
-
-def _spread_box(bounds: Any, posed: Function) -> Box | None:
-    """The box of a function, each end one array like x0's."""
-    if bounds is not None:
-        _check_pair(bounds)
-        names = ("bounds: lower", "bounds: upper")
-        bounds = [posed.layout.spread(*end) for end in zip(names, bounds, strict=True)]
-    return _box(bounds, (posed.layout.size,))
-
-
 def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
     """The metric that "auto" or a `MetricChoice` stands for."""
-    if isinstance(metric, str) and metric == "auto" and isinstance(graph, EnergyGraph):
-        metric = choose_metric(graph, x0)
+    if isinstance(metric, str) and metric == "auto":
+        metric = choose_metric(graph, x0) if isinstance(graph, EnergyGraph) else "rows"
     if isinstance(metric, MetricChoice):
         metric = metric.hierarchy
     return "rows" if metric is None else metric
@@ -213,32 +177,6 @@ def _check(
         raise ValueError("metric is for graphs: what conditions a function is given as rows")
 
 
-def _check_pair(bounds: Any) -> None:
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError("bounds must be a pair (lower, upper) or None")
-    if isinstance(bounds, list) and all(isinstance(end, tuple) for end in bounds):
-        raise TypeError(
-            "bounds is a list of pairs, one a node: give the pair (lower, upper), each a number "
-            "or shaped like x0"
-        )
-
-
-def _box(bounds: Any, shape: tuple[int, ...]) -> Box | None:
-    if bounds is None:
-        return None
-    _check_pair(bounds)
-    for name, end in zip(("lower", "upper"), bounds, strict=True):
-        if jnp.shape(end) not in ((), shape):
-            raise ValueError(f"bounds: {name} has shape {jnp.shape(end)}, expected () or {shape}")
-        # on the host: inside jit, an operation on known arrays gives an unknown one
-        if is_concrete(end) and np.isnan(np.asarray(end, float)).any():
-            raise ValueError(f"bounds: {name} must not be NaN")
-    lower, upper = bounds
-    if is_concrete((lower, upper)) and not np.all(np.asarray(lower) <= np.asarray(upper)):
-        raise ValueError("bounds: lower must not exceed upper")
-    return Box(jnp.asarray(lower), jnp.asarray(upper))
-
-
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
 def _compiled(
     data: Any,
@@ -249,73 +187,36 @@ def _compiled(
     capacity: int,
     adjoint: str,
 ) -> RelaxResult:
-    problem = _Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
-    problem = _settled(problem)
-    box, dtype = problem.box, problem.x0.dtype
+    problem = Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
+    problem = settled(problem)
+    dtype = problem.x0.dtype
     tol = jax.lax.stop_gradient(
         jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     )
     if adjoint == "unrolled":
-        run = _run(problem, tol, adjoint)
+        run = run_of(problem, tol, adjoint)
         first = iteration.start(run, problem.x0, problem.state)
         path = iteration.unrolled(run, first, capacity)
         return _result(problem, path, path.end.x, path.energies)
-    # none by anything that it closes over, an optimizer's closures included
-    path = still(eqx.filter_closure_convert(lambda: _looped(problem, tol, limit, capacity)))()
+    # no derivative by anything that it closes over, an optimizer's closures included
+    path = still(eqx.filter_closure_convert(partial(_looped, problem, tol, limit, capacity)))()
     end = path.end
-    walls = Box(jnp.asarray(-jnp.inf, dtype), jnp.asarray(jnp.inf, dtype)) if box is None else box
-    solution = Solution(end.x, tol * end.scale, problem.objective, walls, problem.metric)
+    solution = Solution(
+        end.x, tol * end.scale, problem.objective, walls_of(problem), problem.metric
+    )
     value = minimum(end.here.value, solution)
     energies = jnp.where(jnp.arange(capacity + 1) >= end.steps, value, path.energies)
     return _result(problem, path, minimizer(solution), energies)
 
 
-def _settled(problem: _Problem) -> _Problem:
-    """The problem in the dtype of its value, all that it depends on among its leaves.
-
-    Inside the program: tracing an objective at every call would cost more than many a relaxation.
-    """
-    objective, x0, box = problem.objective, problem.x0, problem.box
-    dtype = jax.eval_shape(objective.energy, x0).dtype
-    x0 = x0.astype(dtype)
-    if isinstance(objective, Function):
-        objective = objective.closed(x0)
-    sound = jnp.ones((), bool)
-    if box is not None:
-        box = Box(*(end.astype(dtype) for end in box))
-        sound &= jnp.all(box.lower <= box.upper)
-    if isinstance(objective, EnergyGraph):
-        for family in objective.edges:
-            sound &= jnp.all(family.weight >= 0)
-    # what would have been an error had it been known before
-    x0 = jnp.where(sound, x0, jnp.nan)
-    return problem._replace(objective=objective, x0=x0, box=box)
-
-
-def _default(problem: _Problem, adjoint: str) -> optax.GradientTransformation:
-    """The best that the library has for it; Newton's inner loop has no reverse mode."""
-    if isinstance(problem.objective, Function) and adjoint == "implicit":
-        return truncated_newton(problem.objective)
-    return majorized_descent(problem.objective, metric=problem.metric)
-
-
-def _run(problem: _Problem, tol: jax.Array, adjoint: str = "implicit") -> iteration.Run:
-    optimizer = problem.optimizer
-    if optimizer is None:
-        optimizer = _default(problem, adjoint)
-    record = problem.record or (lambda _: None)
-    optimizer = optax.with_extra_args_support(optimizer)
-    return iteration.Run(problem.objective, optimizer, problem.box, tol, record)
-
-
-def _looped(problem: _Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
-    run = _run(problem, tol)
+def _looped(problem: Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
+    run = run_of(problem, tol)
     first = iteration.start(run, problem.x0, problem.state)
     return iteration.loop(run, first, limit, capacity)
 
 
 def _result(
-    problem: _Problem, path: iteration.Path, x: jax.Array, energies: jax.Array
+    problem: Problem, path: iteration.Path, x: jax.Array, energies: jax.Array
 ) -> RelaxResult:
     end, objective = path.end, problem.objective
     if isinstance(objective, Function):
@@ -323,3 +224,60 @@ def _result(
     converged = end.status == RelaxStatus.CONVERGED
     info = RelaxInfo(end.steps, converged, end.status, end.optimality, path.history)
     return RelaxResult(x, energies, info, end.state)
+
+
+def adjoint_report(
+    objective: EnergyGraph | Callable[..., jax.Array],
+    x: Any,
+    cotangent: Any = None,
+    bounds: tuple[Any, Any] | str | None = "default",
+    *,
+    args: tuple[Any, ...] = (),
+    rows: Any = None,
+    metric: str | Metric = "rows",
+    tol: float | jax.Array | None = None,
+) -> AdjointReport:
+    r"""Whether the minimizer x has a derivative, and what its linear solve costs.
+
+    A derivative carries no report: where its solve fails it is NaN, and that is all that `grad` can
+    say. This makes the same solve, $H_{AA} u = c_A$ on the free coordinates A, and reports it.
+
+    Args:
+      objective, bounds, args, rows, metric, tol: as they were given to `relax`.
+      x: the minimizer that `relax` found.
+      cotangent: c, like x: the gradient of the outer loss by x. None is a vector of normal random
+        numbers, which meets every direction.
+
+    Returns:
+      An `AdjointReport`. `sound` False means NaN: the free Hessian is singular or indefinite, or so
+      badly conditioned that `iterations` did not suffice for a `residual` of sqrt(eps).
+
+    Raises:
+      TypeError, ValueError: as `relax` does.
+
+    >>> import smallgain_jax as sg
+    >>> graph = sg.EnergyGraph(sg.Landau([1.0, 1.0], target=[-1.0, 0.5]), sg.Quadratic([0], [1]))
+    >>> report = adjoint_report(graph, relax(graph, jnp.ones(2)).x)
+    >>> bool(report.sound), int(report.free), int(report.iterations)
+    (True, 1, 1)
+    """
+    metric = _chosen(metric, objective, x)
+    _check(objective, None, 0, tol, "implicit", metric)
+    whole, flat, box = posed(objective, x, bounds, args, rows)
+    if cotangent is None:
+        cotangent = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
+    elif isinstance(whole, Function):
+        cotangent = whole.layout.spread("cotangent", cotangent)
+    better = None if isinstance(metric, str) else metric
+    return _reported(Problem(whole, flat, box, None, better, None, None), cotangent, tol)
+
+
+@eqx.filter_jit
+def _reported(problem: Problem, cotangent: Any, tol: Any) -> AdjointReport:
+    problem = still(settled(problem))
+    x, objective, walls = problem.x0, problem.objective, walls_of(problem)
+    tol = jnp.asarray(default_tolerance(x.dtype) if tol is None else tol, x.dtype)
+    step = projected_step(x, objective.gradient(x), objective.rows(x), walls)
+    slack = tol * length_scale(x, step, walls)
+    solution = Solution(x, slack, objective, walls, problem.metric)
+    return reported(solution, jnp.asarray(cotangent, x.dtype))
