@@ -130,7 +130,7 @@ class Function(eqx.Module):
     layout: Layout = eqx.field(static=True)
 
     def energy(self, x: jax.Array) -> jax.Array:
-        return self.fn(self.layout.unravel(x), *self.args)
+        return _scalar(self.fn(self.layout.unravel(x), *self.args))
 
     def gradient(self, x: jax.Array) -> jax.Array:
         return jax.grad(self.energy)(x)
@@ -168,7 +168,7 @@ class Function(eqx.Module):
             return eqx.filter_closure_convert(whole, tree, data)
 
         given = close(self.given) if callable(self.given) else self.given
-        return Function(close(_scalar(self.fn)), (data,), given, self.layout)
+        return Function(close(self.fn), (data,), given, self.layout)
 
     def _probes(self, x: jax.Array) -> jax.Array:
         if x.size <= FORMED:
@@ -177,19 +177,14 @@ class Function(eqx.Module):
         return jax.random.normal(jax.random.key(0), (PROBES, x.size), x.dtype)
 
 
-def _scalar(fn: Callable[..., Any]) -> Callable[..., jax.Array]:
-    """`fn`, whose value must be a real scalar."""
-
-    def checked(*args: Any) -> jax.Array:
-        value = fn(*args)
-        if not isinstance(value, ARRAYS):
-            raise TypeError(f"fn must return a scalar, got {type(value).__name__}")
-        value = jnp.asarray(value)
-        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"fn must return a real scalar, got {value.dtype}{list(value.shape)}")
-        return value
-
-    return checked
+def _scalar(value: Any) -> jax.Array:
+    """The value of a function, which must be a real scalar."""
+    if not isinstance(value, ARRAYS):
+        raise TypeError(f"fn must return a scalar, got {type(value).__name__}")
+    value = jnp.asarray(value)
+    if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"fn must return a real scalar, got {value.dtype}{list(value.shape)}")
+    return value
 
 
 def function(fn: Any, x0: Any, args: Any, rows: Any) -> tuple["Function", jax.Array]:
