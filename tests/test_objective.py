@@ -232,7 +232,7 @@ def test_mistakes_are_named():
         (TypeError, "function sgd, not an optimizer", lambda: sg.relax(fn, x0, optax.sgd)),
         (ValueError, r"real scalar, got float32\[2\]", lambda: sg.relax(lambda x: x, x0)),
         (TypeError, "return a scalar, got dict", lambda: sg.relax(lambda x: {"a": x[0]}, x0)),
-        (TypeError, r"x0\['b'\] is function", lambda: sg.relax(fn, {"a": x0, "b": jnp.tanh})),
+        (TypeError, r"x0\['b'\] is function", lambda: sg.relax(fn, {"a": x0, "b": fn})),
         (ValueError, r"x0\[0\] = nan", lambda: sg.relax(fn, np.full(2, np.nan))),
         (TypeError, "args must be a tuple", lambda: sg.relax(fn, x0, args=x0)),
         (TypeError, "args and rows go with a function", lambda: sg.relax(graph, x0, args=(1,))),

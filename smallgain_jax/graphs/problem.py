@@ -35,6 +35,11 @@ def posed(
     objective: Any, x0: Any, bounds: Any, args: Any, rows: Any
 ) -> tuple[EnergyGraph | Function, jax.Array, Box | None]:
     """What is minimized over one array, where from, and over which box."""
+    if not isinstance(objective, EnergyGraph) and not callable(objective):
+        raise TypeError(
+            "objective must be an EnergyGraph or a function, got "
+            f"{type(objective).__name__}: relax(objective, x0, ...)"
+        )
     default = isinstance(bounds, str) and bounds == "default"
     if not isinstance(objective, EnergyGraph):
         whole, x0 = function(objective, x0, args, rows)

@@ -147,11 +147,6 @@ def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
 def _check(
     objective: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
 ) -> None:
-    if not isinstance(objective, EnergyGraph) and not callable(objective):
-        raise TypeError(
-            "objective must be an EnergyGraph or a function, got "
-            f"{type(objective).__name__}: relax(objective, x0, ...)"
-        )
     if optimizer is not None:
         check_optimizer("optimizer", optimizer)
     if not isinstance(optimizer, optax.GradientTransformation | None):
