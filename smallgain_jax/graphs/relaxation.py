@@ -42,7 +42,7 @@ class RelaxInfo(NamedTuple):
 class RelaxResult(NamedTuple):
     """Outcome of `relax`."""
 
-    x: jax.Array  # [n] or [n, d], the last accepted state
+    x: Any  # like x0, the last accepted state
     energy: jax.Array  # [steps + 1] reference energy of each accepted state, start included
     info: RelaxInfo
     state: Any  # the optimizer's state, to continue from
@@ -63,43 +63,56 @@ def relax(
     record: Any = None,
     state: Any = None,
 ) -> RelaxResult:
-    r"""Minimize a graph's reference energy over a box.
+    r"""Minimize a graph's reference energy, or any function of a pytree, over a box.
 
-    Steps $x \leftarrow P(x + u)$, u the optimizer's update for the gradient on the free nodes
-    (those not held at a bound), until the tolerance is met, the optimizer says that it is stalled,
-    or the steps are used up; after that nothing is computed. Jittable; `vmap` relaxes a batch,
-    which goes on until its last member has ended. Line searches inside an optimizer see the energy
-    of the projected state.
+    `relax(graph, x0)` or `relax(fn, x0, args=...)`. Steps $x \leftarrow P(x + u)$, u the
+    optimizer's update for the gradient on the free coordinates (those not held at a bound), until
+    the tolerance is met, the optimizer says that it is stalled, or the steps are used up; after
+    that nothing is computed. Jittable; `vmap` relaxes a batch, which goes on until its last member
+    has ended. Line searches inside an optimizer see the energy of the projected state.
 
-    **Optimality** is the largest step that the rows D of the Hessian still favour,
-    $\max_r |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the
-    box, or without one to the largest entry of the start or of the first such step. It is a number
-    without unit, and does not change when the energy is multiplied by one. On badly conditioned
-    graphs the distance to the minimizer may be larger by up to the condition number.
+    **Optimality** is the largest step that the rows D of the Hessian still favour, $\max_r
+    |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the box, or
+    without one to the largest entry of the start or of the first such step. It is a number without
+    unit, and does not change when the energy is multiplied by one. On badly conditioned problems
+    the distance to the minimizer may be larger by up to the condition number; so a function's own
+    method also waits until its value falls by no more than `tol` of itself.
+
+    **Functions** are minimized by projected, truncated Newton steps (`graphs.newton`): they must be
+    differentiable twice, in reverse and then forwards. D is what the caller gives as `rows`, the
+    absolute row sums of the Hessian up to 64 unknowns, and beyond that a stochastic estimate, which
+    certifies nothing: it only conditions steps and scales optimality. The line search sees to it
+    that accepted values do not rise.
 
     **Derivatives.** With `adjoint="implicit"`, `x` has the derivative of the minimizer by every
-    float of the graph and the bounds, whichever optimizer found it: one linear solve with the
-    Hessian on the free nodes, forwards or in reverse, at the memory of one gradient; the last
-    energy has that of the minimum. Start, `info`, `state` and earlier energies have none. This is
-    right where `info.converged` holds, and only there; where the minimizer has no derivative the
-    result is NaN (`graphs.adjoint` states the rules). With `adjoint="unrolled"`, everything is
-    differentiated through the steps that were made, start included: for runs that are meant to
-    stop early. It has no early exit, its memory grows with the square root of the steps, and
-    optimizers with loops of their own, such as optax's line searches, are differentiated only
-    forwards.
+    float of the graph (of `args`, and of what a function closes over) and the bounds, whichever
+    optimizer found it: one linear solve with the Hessian on the free nodes, forwards or in reverse,
+    at the memory of one gradient; the last energy has that of the minimum. Start, `info`, `state`
+    and earlier energies have none. This is right where `info.converged` holds, and only there;
+    where the minimizer has no derivative the result is NaN (`graphs.adjoint` states the rules,
+    `adjoint_report` says how the solve goes). With `adjoint="unrolled"`, everything is
+    differentiated through the steps that were made, start included: for runs that are meant to stop
+    early. It has no early exit, its memory grows with the square root of the steps, and optimizers
+    with loops of their own, such as optax's line searches, are differentiated only forwards.
 
     Args:
-      graph: the energy.
-      x0: start [n] or [n, d], taken in the dtype of its energy; projected onto the box first.
-      optimizer: any optax transformation; None is `majorized_descent`, the library's best.
+      objective: an `EnergyGraph`, or a function `fn(x, *args)` with a real scalar value.
+      x0: start [n] or [n, d] of a graph, any pytree of arrays for a function; taken in the dtype of
+        its value, and projected onto the box first.
+      optimizer: any optax transformation (it sees a function's x as one vector); None is the
+        library's best, `majorized_descent` for graphs and Newton steps for functions.
       steps: most updates to make. Programs are shared between up to twice as many, unless
         something is recorded.
-      bounds: (lower, upper), scalars or shaped like x0; None for no box.
+      bounds: (lower, upper), each a scalar or like x0 (for a pytree, leaves may be scalars); None
+        for no box. The default is (0, 1) for a graph and no box for a function.
+      args: further arguments of a function.
+      rows: D of a function where it is known: a tree like x0 (leaves may be scalars), non-negative,
+        or a function `rows(x, *args)` that gives one. It need not bound anything.
       tol: the optimality to reach; None is eps^(2/3) of the dtype (4e-11 in double precision, 2e-5
         in single), 0 goes on until stalled. Entries of `energy` after the end repeat the last.
       adjoint: "implicit" or "unrolled".
-      metric: what conditions the gradient, in the steps of the default optimizer and in the
-        implicit adjoint: "rows"; an object with a method
+      metric: what conditions the gradient of a graph, in the steps of the default optimizer and in
+        the implicit adjoint: "rows"; an object with a method
         `precondition(graph, x, rows, free) -> (g -> z)`, as `multilevel(graph)`; or "auto", which
         asks `choose_metric` (on the host, at every call: keep its answer for many).
       record: `record(optimizer_state) -> pytree`, taken after every update into `info.history`.
@@ -107,18 +120,25 @@ def relax(
         graph, or of other parameters, is forgotten.
 
     Returns:
-      `RelaxResult(x, energy [steps + 1], info, state)`.
+      `RelaxResult(x, energy [steps + 1], info, state)`, x like x0. A value or gradient that is not
+      finite at an iterate ends the run, `info.status` says so; so do traced bounds that cross, and
+      traced weights below zero, with x NaN.
 
     Raises:
-      TypeError: arguments in another order, or an optimizer's factory in place of an optimizer.
-      ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, or an
-        unknown `adjoint` or `metric`.
+      TypeError: arguments in another order, an optimizer's factory in place of an optimizer, x0
+        with leaves that are no arrays, or a function whose value is none.
+      ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, bounds or
+        rows of another tree, or an unknown `adjoint` or `metric`.
 
     >>> from smallgain_jax import Landau, Quadratic
     >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
     >>> result = relax(graph, jnp.array([1.0, 0.5]))
     >>> result.x.round(4).tolist(), RelaxStatus(int(result.info.status)).name
     ([0.0, 0.0], 'CONVERGED')
+    >>> valley = lambda x, a: (1 - x["u"]) ** 2 + a * (x["v"] - x["u"] ** 2) ** 2
+    >>> found = relax(valley, {"u": -1.2, "v": 1.0}, args=(100.0,), bounds=(-2.0, 0.5))
+    >>> {name: round(float(leaf), 4) for name, leaf in found.x.items()}
+    {'u': 0.5, 'v': 0.25}
     """
     metric = _chosen(metric, objective, x0)
     _check(objective, optimizer, steps, tol, adjoint, metric)
