@@ -44,7 +44,7 @@ def main() -> None:
     with jax.enable_x64(True):
         for name in arguments.cases:
             report[name] = CASES[name](arguments.smoke)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def ours(problem: Problem, bounds: Any, steps: int = 1000) -> dict[str, Any]:
