@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def ours(problem: Problem, bounds: Any, steps: int = 1000) -> dict[str, Any]:
     }
 
 
-def scipys(problem: Problem, bounds: Any) -> tuple[dict[str, Any], np.ndarray]:
+def scipys(problem: Problem, bounds: Any) -> Callable[[], Any]:
+    """A run of L-BFGS-B; its program is compiled once."""
     flat, unravel = jax.flatten_util.ravel_pytree(jax.tree.map(jnp.asarray, problem.x0))
     value = jax.jit(jax.value_and_grad(lambda x, args: problem.fn(unravel(x), *args)))
     args = jax.tree.map(jnp.asarray, problem.args)
@@ -71,7 +73,7 @@ def scipys(problem: Problem, bounds: Any) -> tuple[dict[str, Any], np.ndarray]:
         found, gradient = value(x, args)
         return float(found), np.asarray(gradient)
 
-    found = scipy.optimize.minimize(
+    return lambda: scipy.optimize.minimize(
         host,
         np.asarray(flat),
         jac=True,
@@ -79,22 +81,21 @@ def scipys(problem: Problem, bounds: Any) -> tuple[dict[str, Any], np.ndarray]:
         bounds=box,
         options=dict(maxiter=20_000, maxfun=40_000, ftol=0.0, gtol=1e-12),
     )
-    return {"value": float(found.fun), "evaluations": int(found.nfev)}, found.x
 
 
-def jaxopts(problem: Problem, bounds: Any) -> dict[str, Any]:
+def jaxopts(problem: Problem, bounds: Any) -> Callable[[], Any]:
     import jaxopt
 
     start = jax.tree.map(jnp.asarray, problem.x0)
-    settings = dict(maxiter=2000, tol=1e-10)
-    if bounds is None:
-        solver = jaxopt.LBFGS(problem.fn, **settings)
-        x, state = solver.run(start, *problem.args)
-    else:
-        solver = jaxopt.LBFGSB(problem.fn, **settings)
-        ends = (jax.tree.map(lambda a, e=e: jnp.broadcast_to(e, a.shape), start) for e in bounds)
-        x, state = solver.run(start, tuple(ends), *problem.args)
-    return {"value": float(problem.fn(x, *problem.args)), "evaluations": int(state.num_fun_eval)}
+    args = jax.tree.map(jnp.asarray, problem.args)
+    kind = jaxopt.LBFGS if bounds is None else jaxopt.LBFGSB
+    solver = kind(problem.fn, maxiter=2000, tol=1e-10)
+    box = ()
+    if bounds is not None:
+        ends = [jax.tree.map(lambda a, e=e: jnp.broadcast_to(e, a.shape), start) for e in bounds]
+        box = (tuple(ends),)
+    run = jax.jit(lambda start, args: solver.run(start, *box, *args))
+    return lambda: run(start, args)
 
 
 def optimistixs(problem: Problem) -> dict[str, Any]:
@@ -122,8 +123,11 @@ def reached(row: dict[str, Any], best: float) -> bool:
 
 def compared(name: str, problem: Problem, bounds: Any) -> dict[str, Any]:
     row = {"problem": name, "box": bounds is not None, "ours": ours(problem, bounds)}
-    row["scipy"] = scipys(problem, bounds)[0]
-    row["jaxopt"] = jaxopts(problem, bounds)
+    found = scipys(problem, bounds)()
+    row["scipy"] = {"value": float(found.fun), "evaluations": int(found.nfev)}
+    x, state = jaxopts(problem, bounds)()
+    value = float(problem.fn(x, *problem.args))
+    row["jaxopt"] = {"value": value, "evaluations": int(state.num_fun_eval)}
     if bounds is None:
         row["optimistix"] = optimistixs(problem)
     row["reached"] = reached(row, row["scipy"]["value"])
@@ -134,7 +138,7 @@ def compared(name: str, problem: Problem, bounds: Any) -> dict[str, Any]:
 def mgh(smoke: bool) -> list[dict[str, Any]]:
     table = []
     for name, problem in list(MGH.items())[: 2 if smoke else None]:
-        half = np.abs(scipys(problem, None)[1] - problem.x0).max() / 2
+        half = np.abs(scipys(problem, None)().x - problem.x0).max() / 2
         for bounds in (None, (problem.x0 - half, problem.x0 + half)):
             table.append(compared(name, problem, bounds))
     return table
@@ -157,10 +161,9 @@ def larger(smoke: bool) -> list[dict[str, Any]]:
         settings = dict(steps=1000, bounds=problem.bounds)
         runs = {
             "ours": lambda p=problem, s=settings, d=data: sg.relax(p.fn, p.x0, args=d, **s).x,
-            "scipy": lambda p=problem: scipys(p, p.bounds)[1],
-            "jaxopt": lambda p=problem: jaxopts(p, p.bounds)["value"],
+            "scipy": scipys(problem, problem.bounds),
+            "jaxopt": jaxopts(problem, problem.bounds),
         }
-        # SciPy and jaxopt compile at every call here: their programs are the smaller ones
         row["seconds"] = least(runs, repeats=2)
         table.append(row)
     return table

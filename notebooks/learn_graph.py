@@ -20,9 +20,9 @@
 # Here scikit-learn's digits (8 x 8, intensities in [0, 1]) with noise of standard deviation 0.25
 # are denoised by a graph over their pixels. Learned are the couplings of neighbours, the contrast
 # beyond which a coupling lets go, the pull of every pixel to a level of its own, and that level.
-# Against it: the same energy with one coupling, one contrast and one pull for all, chosen as well as
-# possible; what scikit-image offers; and the best linear filter, which knows how every pixel goes
-# with every other.
+# Against it: the same energy with one coupling, one contrast and one pull for all, chosen as well
+# as possible; what scikit-image offers; and the best linear filter, which knows how every pixel
+# goes with every other.
 
 # %%
 # %matplotlib inline
@@ -60,10 +60,10 @@ mean = train.mean(axis=0)
 # %% [markdown]
 # ## The layer
 #
-# Neighbours are coupled along rows, columns and diagonals by $w_k c_k^2 \rho((x_i - x_j)^2 / c_k^2)$
-# with Huber's kernel: quadratic up to the contrast c, linear beyond, so that edges of a stroke cost
-# less. A pixel is drawn to what was seen by $(x - y)^2$ and to its level $m$ by $p (x - m)^2$. What
-# has to be positive is the exponential of a parameter.
+# Neighbours are coupled along rows, columns and diagonals by
+# $w_k c_k^2 \rho((x_i - x_j)^2 / c_k^2)$ with Huber's kernel: quadratic up to c, linear
+# beyond, so that edges of a stroke cost less. A pixel is drawn to what was seen by $(x - y)^2$ and
+# to its level $m$ by $p (x - m)^2$. What has to be positive is the exponential of a parameter.
 
 # %%
 pixel = np.arange(64).reshape(8, 8)
