@@ -104,7 +104,7 @@ def settled(problem: Problem) -> Problem:
         sound &= jnp.all(box.lower <= box.upper)
     if isinstance(objective, EnergyGraph):
         for family in objective.edges:
-            sound &= jnp.all(family.weight >= 0)
+            sound &= ~jnp.any(family.weight < 0)
     # what would have been an error had it been known before
     x0 = jnp.where(sound, x0, jnp.nan)
     return problem._replace(objective=objective, x0=x0, box=box)
