@@ -1,5 +1,6 @@
 """Functions of a pytree under `relax`: their minima, derivatives, rows, and mistakes."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,9 +218,13 @@ def test_what_is_no_number_is_told():
     assert jnp.isnan(crossed(1.0)).all()
     np.testing.assert_array_equal(crossed(-1.0), -1)
     graph = lambda w: sg.EnergyGraph(sg.Landau([1.0, 1.0]), [sg.Quadratic([0], [1], w)])
-    weighted = jax.jit(lambda w: sg.relax(graph(w), jnp.ones(2)).x)
-    assert jnp.isnan(weighted(-1.0)).all()
-    assert jnp.isfinite(weighted(0.0)).all()
+    weighted = jax.jit(lambda w: sg.relax(graph(w), jnp.ones(2)))
+    assert jnp.isnan(weighted(-1.0).energy).all()
+    assert weighted(-1.0).info.status == Status.NOT_FINITE
+    assert jnp.isfinite(weighted(0.0).energy).all()
+    # past the constructor
+    moved = eqx.tree_at(lambda g: g.edges[0].weight, graph(1.0), jnp.array([-1.0]))
+    assert sg.relax(moved, jnp.ones(2)).info.status == Status.NOT_FINITE
 
 
 @pytest.mark.once

@@ -122,7 +122,7 @@ def relax(
     Returns:
       `RelaxResult(x, energy [steps + 1], info, state)`, x like x0. A value or gradient that is not
       finite at an iterate ends the run, `info.status` says so; so do traced bounds that cross, and
-      traced weights below zero, with x NaN.
+      traced weights below zero, with NaN in `energy`.
 
     Raises:
       TypeError: arguments in another order, an optimizer's factory in place of an optimizer, x0
