@@ -124,8 +124,8 @@ def _step(here: Here, state: NewtonState) -> tuple[jax.Array, NewtonState]:
     precision = jnp.minimum(0.5, jnp.where(known, norm / jnp.where(known, state.norm, 1), 1))
     newton, products = _newton(here, priced, going, prices, jnp.where(state.plain, 1, precision))
     newton = jnp.where(here.box.blocks(here.x, newton), 0, newton)
-    slopes = (jnp.vdot(move, here.gradient) for move in (newton, priced))
-    descends = ~state.plain & (next(slopes) <= LEAST_ANGLE * next(slopes))
+    slope, steepest = (jnp.vdot(move, here.gradient) for move in (newton, priced))
+    descends = ~state.plain & (slope <= LEAST_ANGLE * steepest)
     search = searched(here, jnp.where(descends, newton, priced), BACKTRACKS)
 
     moved, reached = search.trial.aux
