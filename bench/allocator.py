@@ -4,6 +4,9 @@ At every size the default, the formulations it chooses among, and its rivals (nu
 greedy with NumPy's argsort; HiGHS, up to 10^4 terms) serve the same random problem in one process,
 turn by turn. Wall time suffers from whatever else the machine does; processor time (all threads)
 suffers less, so both are written, least of all turns.
+
+`--quality N` times nothing: it compares the default with HiGHS on N random problems of each of four
+sizes, costs and values spread over 10^-1..10^1, and prints quantiles of the share of the optimum.
 """
 
 import argparse
@@ -11,12 +14,12 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numba
 import numpy as np
 from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
@@ -27,6 +30,8 @@ from bench.run import about
 SIZES = (10, 100, 1_000, 10_000, 100_000, 1_000_000, 10_000_000)
 TIGHTNESS = (1.0, 0.2)
 """Budgets are this times a random part, one half on average, of what all terms together ask for."""
+SPREAD = ((24, 10, 2), (48, 16, 2), (48, 16, 3), (240, 60, 2))
+"""Terms, rows, and rows that a term touches, of the problems that `--quality` asks about."""
 PRICED, SOLVED = 100_000, 10_000
 """Sizes up to which prices and HiGHS are run at all."""
 
@@ -37,7 +42,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/allocator.json"))
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--largest", type=float, default=SIZES[-1])
+    parser.add_argument("--quality", type=int, default=0, metavar="N")
     arguments = parser.parse_args()
+    if arguments.quality:
+        for size in SPREAD:
+            print(shares_of_optimum(*size, arguments.quality), flush=True)
+        return
     largest = 1000 if arguments.smoke else arguments.largest
     report: dict[str, Any] = {"about": about(), "curve": []}
     for terms in (size for size in SIZES if size <= largest):
@@ -68,7 +78,6 @@ def problem(terms: int, num_rows: int, spread: float, tightness: float = 1.0) ->
     return floats[0], floats[1], rows.astype(np.int32), floats[2], floats[3], budget
 
 
-@numba.njit
 def serve(
     order: np.ndarray, cost: np.ndarray, rows: np.ndarray, room: np.ndarray, budget: np.ndarray
 ) -> np.ndarray:
@@ -85,19 +94,51 @@ def serve(
     return taken
 
 
+@cache
+def compiled_serve() -> Callable[..., np.ndarray]:
+    import numba
+
+    return numba.njit(serve)
+
+
 def sequential(data: Problem) -> np.ndarray:
     value, cost, rows, lower, upper, budget = data
     order = np.argsort(-value / cost.sum(axis=1))
-    return lower + serve(order, cost, rows, upper - lower, budget)
+    return lower + compiled_serve()(order, cost, rows, upper - lower, budget)
 
 
 def optimal(data: Problem) -> np.ndarray:
     """The linear program, by HiGHS."""
     value, cost, rows, lower, upper, budget = (np.asarray(field, float) for field in data)
-    entries = (cost.ravel(), (rows.ravel().astype(int), np.repeat(np.arange(len(value)), 2)))
+    terms, width = cost.shape
+    entries = (cost.ravel(), (rows.ravel().astype(int), np.repeat(np.arange(terms), width)))
     matrix = csr_matrix(entries, shape=(len(budget), len(value)))
     bounds = np.stack([0 * value, upper - lower], axis=1)
     return lower + linprog(-value, A_ub=matrix, b_ub=budget, bounds=bounds).x
+
+
+def spread_problem(rng: np.random.Generator, terms: int, num_rows: int, width: int) -> Problem:
+    """Costs and values of two decades, which a fixed price per row misjudges."""
+    rows = np.stack([rng.permutation(num_rows)[:width] for _ in range(terms)])
+    value, cost = 10 ** rng.uniform(-1, 1, terms), 10 ** rng.uniform(-1, 1, (terms, width))
+    room, full = rng.uniform(0.1, 1, terms), np.zeros(num_rows)
+    np.add.at(full, rows, cost * room[:, None])
+    return value, cost, rows, np.zeros(terms), room, full * rng.random(num_rows)
+
+
+def shares_of_optimum(terms: int, num_rows: int, width: int, count: int) -> dict[str, float]:
+    """Value of the default over HiGHS's on `count` problems: median, low quantiles, least."""
+    rng = np.random.default_rng(7)
+    solve = jax.jit(jax.vmap(lambda *fields: sg.allocate(*fields).weights))
+    shares: list[float] = []
+    while len(shares) < count:
+        problems = [spread_problem(rng, terms, num_rows, width) for _ in range(100)]
+        batch = [np.stack(field) for field in zip(*problems, strict=True)]
+        for data, weights in zip(problems, np.asarray(solve(*batch), float), strict=True):
+            shares.append(float(data[0] @ weights / (data[0] @ optimal(data))))
+    low = {f"quantile_{q:g}": float(np.quantile(shares, q)) for q in (0.5, 0.01, 0.001)}
+    size = {"terms": terms, "rows": num_rows, "width": width, "problems": len(shares)}
+    return size | low | {"least": min(shares)}
 
 
 def compare(host: Problem, repeats: int) -> dict[str, dict[str, float]]:

@@ -18,10 +18,8 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jaxopt
 import numpy as np
 import optax
-import optimistix
 import scipy.optimize
 
 import smallgain_jax as sg
@@ -94,6 +92,8 @@ def lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], 
 
 
 def jaxopt_lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], Any]]:
+    import jaxopt
+
     @jax.jit
     def solve(graph: EnergyGraph, x0: jax.Array, count: jax.Array) -> jax.Array:
         solver = jaxopt.LBFGSB(lambda x, g: g.energy(x), maxiter=steps, tol=0.0)
@@ -113,6 +113,8 @@ def jaxopt_lbfgsb(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[
 
 def optimistix_lbfgs(scenario: Scenario, steps: int) -> tuple[np.ndarray, Callable[[int], Any]]:
     """Unconstrained L-BFGS on the energy of the projected state; a step is one evaluation."""
+    import optimistix
+
     solver = optimistix.LBFGS(rtol=1e-12, atol=1e-12)
 
     def fn(x: jax.Array, g: EnergyGraph) -> tuple[jax.Array, None]:
@@ -242,20 +244,25 @@ def resident(field: str, *, forget_peak: bool = False) -> float:
     return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
-def batch(smoke: bool, kinds: list[str]) -> dict[str, Any]:
-    """Graphs of 16 nodes and 48 edges, 60 steps, in one compiled call."""
-    del kinds
-    count = 50 if smoke else 10_000
+def small_graphs(count: int) -> tuple[EnergyGraph, jax.Array]:
+    """Graphs of 16 nodes and 48 edges with other numbers each, and starts, along a first axis."""
     rng = np.random.default_rng(0)
     graph = random_graph("uniform", 16, 48, seed=0).graph
 
     def varied(leaf: jax.Array) -> jax.Array:
         host = np.broadcast_to(np.asarray(leaf), (count, *leaf.shape))
         if np.issubdtype(host.dtype, np.floating):
-            host = host * rng.uniform(0.5, 1.5, host.shape)
+            host = host * rng.uniform(0.5, 1.5, host.shape).astype(host.dtype)
         return jnp.asarray(host)
 
-    graphs, x0 = jax.tree.map(varied, graph), jnp.asarray(rng.random((count, 16)))
+    return jax.tree.map(varied, graph), jnp.asarray(rng.random((count, 16)))
+
+
+def batch(smoke: bool, kinds: list[str]) -> dict[str, Any]:
+    """Graphs of 16 nodes and 48 edges, 60 steps, in one compiled call."""
+    del kinds
+    count = 50 if smoke else 10_000
+    graphs, x0 = small_graphs(count)
 
     def one(pair: tuple[EnergyGraph, jax.Array]) -> jax.Array:
         return sg.relax(*pair, steps=60).energy[-1]

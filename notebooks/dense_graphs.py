@@ -13,10 +13,10 @@
 # %% [markdown]
 # # Dense graphs and the honest table
 #
-# The seeds' dense scenario has 16 nodes on a ring and 48 couplings, and the headline that the
-# original allocator reaches a far lower energy there than plain descent, in fewer steps. This
-# notebook repeats the comparison with one yardstick for all, then shows where the headline came
-# from.
+# The design note that this library grew from has a graph of 16 nodes on a ring and 48 couplings,
+# and the headline that its allocator reaches a far lower energy there than plain descent, in fewer
+# steps. This notebook repeats the comparison with one yardstick for all, then shows where the
+# headline came from.
 #
 # Two energies are in play. $F(x; 1)$, the reference, is what the user wrote. $F(x; w)$, the adapted
 # one, is the same state priced at the weights that a method happens to hold.
@@ -75,7 +75,7 @@ METHODS = {
     "fixed step": (optax.sgd, RATES),
     "line search": (line_search, RATES),
     "GradNorm": (lambda rate: sg.gradnorm(optax.sgd(rate), graph), RATES),
-    "small_gain, the seeds' settings": (seeds, RATES),
+    "small_gain, the note's settings": (seeds, RATES),
     "L-BFGS": (lambda rate: optax.lbfgs(), np.full(1, np.nan)),
     "default of relax": (lambda rate: None, np.full(1, np.nan)),
 }
@@ -228,5 +228,5 @@ assert abs(final - adapted[-1]) < 1e-4
 # The original's allocator has the lowest adapted energy of its five configurations and the highest
 # reference energy: it never makes 90 % of the drop. What it was meant to do, spend a margin where
 # it buys descent, is what the first table measures, on the user's own energy: `small_gain` with the
-# seeds' settings is about as good as a tuned fixed step, and the default of `relax`, which lets
+# note's settings is about as good as a tuned fixed step, and the default of `relax`, which lets
 # every row spend its own margin, and L-BFGS are ahead.

@@ -29,7 +29,7 @@ from smallgain_jax.tools.scenarios import dense
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
-# The dense scenario of the seeds: 16 nodes on a ring, each coupled to its next two neighbours, and
+# 16 nodes on a ring, each coupled to its next two neighbours, and
 # gates that pay for being open.
 
 # %%

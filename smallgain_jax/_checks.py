@@ -1,5 +1,6 @@
 """Validation of concrete arguments: every message starts with the argument's name."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -34,10 +35,25 @@ def as_float(name: str, value: Numbers) -> jax.Array:
     """`value` as a floating array; integers take JAX's default float dtype."""
     array = jnp.asarray(value)
     if jnp.issubdtype(array.dtype, jnp.floating):
+        _warn_of_nothing(name, value, array.dtype)
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
         return array.astype(jnp.result_type(float))
     raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+
+
+def _warn_of_nothing(name: str, value: Numbers, dtype: jnp.dtype) -> None:
+    """Warn where numbers that are not 0 are all so small that compiled code takes them for 0."""
+    if not is_concrete(value):
+        return
+    # before the conversion, which may have made them 0 already
+    largest, tiny = np.max(np.abs(np.asarray(value)), initial=0.0), jnp.finfo(dtype).tiny
+    if 0 < largest < tiny:
+        warnings.warn(
+            f"{name} is at most {largest:.3g}: {dtype} computes with nothing below {tiny:.3g}, so "
+            "all of it counts as 0; choose another unit, or float64",
+            stacklevel=4,
+        )
 
 
 def as_index(name: str, value: Numbers) -> jax.Array:

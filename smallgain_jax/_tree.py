@@ -48,6 +48,20 @@ def dot(a: Any, b: Any, dtype: Any) -> jax.Array:
     return sum(jax.tree.leaves(products), jnp.zeros((), dtype))
 
 
+def vdot(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Inner product of two arrays in all bits of their dtype.
+
+    Accelerators round float32 to bfloat16 or TF32 before they multiply matrices, vectors included,
+    unless told otherwise: what is claimed or compared by a product has to say so.
+    """
+    return jnp.vdot(a, b, precision=HIGHEST)
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Product of two arrays in all bits of their dtype, as in `vdot`."""
+    return jnp.matmul(a, b, precision=HIGHEST)
+
+
 def norm(tree: Any, dtype: Any) -> jax.Array:
     """Euclidean norm of a pytree, summed in `dtype`.
 

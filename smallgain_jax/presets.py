@@ -10,7 +10,7 @@ from typing import Any
 
 
 def default() -> dict[str, Any]:
-    """The seeds' production setting: rho 0.7, eta 0.10, weights in [0.1, 3]."""
+    """The design note's production setting: rho 0.7, eta 0.10, weights in [0.1, 3]."""
     return {
         "budget_fraction": 0.7,
         "max_step_change": 0.10,

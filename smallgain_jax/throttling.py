@@ -22,6 +22,7 @@ from smallgain_jax._checks import (
     check_optimizer,
     check_positive,
 )
+from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 
 STATIC = ("order", "curvature", "loss", "same_batch", "power_steps")
@@ -30,6 +31,7 @@ STATIC = ("order", "curvature", "loss", "same_batch", "power_steps")
 CURVATURES = ("secant", "hvp", "power")
 
 
+@shows()
 class ThrottleState(NamedTuple):
     """State of `throttle`. Fields that a setting does not need are empty tuples."""
 

@@ -1,6 +1,7 @@
 """Every test runs in float32 and in float64, with silent broadcasting across ranks an error."""
 
 import os
+from contextlib import nullcontext
 from importlib.metadata import version
 
 # eight devices for the sharding tests; and programs here run for milliseconds, so that optimizing
@@ -16,6 +17,8 @@ import jax
 import numpy as np
 import pytest
 from xdist.scheduler import LoadScopeScheduling
+
+from tests.products import SETTINGS, coarse_products
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -36,6 +39,14 @@ def pytest_xdist_make_scheduler(config, log) -> Scheduling:
     return Scheduling(config, log)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--products",
+        choices=SETTINGS,
+        help="round the operands of float32 products as this default precision does",
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "x64: needs double precision, runs in it alone")
     config.addinivalue_line("markers", "once: its outcome does not depend on the precision")
@@ -52,6 +63,14 @@ def x64(request):
     """Whether this test runs in double precision."""
     with jax.enable_x64(request.param):
         yield request.param
+
+
+@pytest.fixture(autouse=True)
+def products(request):
+    """Under `--products`, every test runs with coarse products."""
+    setting = request.config.getoption("--products")
+    with coarse_products(setting) if setting else nullcontext():
+        yield setting
 
 
 PROGRAMS = 100

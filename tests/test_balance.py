@@ -27,6 +27,7 @@ from smallgain_jax.losses.two_phase import (
     two_phase,
 )
 from smallgain_jax.spectral.lanczos import lanczos
+from tests.products import exact
 
 # the problems of seed 004
 PAIR = np.array([3.0, -2.0])
@@ -79,6 +80,7 @@ def network(num_terms, dtype=float, seed=0):
     x = jnp.asarray(rng.normal(size=(6, 3)), dtype)
     y = jnp.asarray(rng.normal(size=(num_terms, 6)), dtype)
 
+    @exact
     def losses(p, x, y):
         hidden = jnp.tanh(x @ p["first"] + p["bias"][None])
         heads, gain = p["heads"]
@@ -200,6 +202,7 @@ class TestResidual:
 
 
 class TestGradient:
+    @exact
     def dense(self, losses, params, args, weights):
         """B and its gradient from the Hessians themselves, raveled."""
         flat, unravel = jax.flatten_util.ravel_pytree(params)
@@ -366,8 +369,8 @@ class TestKrylov:
 
     def test_lanczos_is_orthonormal_and_tridiagonalizes(self, eps):
         a = jnp.asarray(self.matrix(20))
-        space = jax.jit(lambda a: lanczos(lambda v: a @ v, jnp.ones(20), 12))(a)
-        v = space.basis
+        space = jax.jit(lambda a: lanczos(exact(lambda v: a @ v), jnp.ones(20), 12))(a)
+        v, a = np.asarray(space.basis), np.asarray(a)
         t = np.diag(space.diagonal) + np.diag(space.off_diagonal[:-1], 1)
         t = t + np.diag(space.off_diagonal[:-1], -1)
         np.testing.assert_allclose(v @ v.T, np.eye(12), atol=50 * eps)
@@ -406,6 +409,7 @@ class TestKrylov:
             smallest_curvature(triple, {})
 
 
+@exact
 def _quadratic(p, a):
     v = jnp.append(jnp.ravel(p["x"]), p["y"])
     return 0.5 * v @ a @ v
@@ -417,8 +421,8 @@ class TestNewton:
         values = np.array([-3.0, -1.0, 0.0, 0.5, 2.0, 8.0])
         q = np.linalg.qr(np.random.default_rng(6).normal(size=(6, 6)))[0]
         a = jnp.asarray(q @ np.diag(values) @ q.T)
-        c = a @ jnp.arange(6.0)
-        fn = lambda x: jnp.stack([0.5 * x @ a @ x - c @ x, c @ x, -c @ x])
+        c = exact(jnp.matmul)(a, jnp.arange(6.0))
+        fn = exact(lambda x: jnp.stack([0.5 * x @ a @ x - c @ x, c @ x, -c @ x]))
         x = jax.jit(lambda x: descend(fn, balance_newton(fn), x, 4)[0])(jnp.ones(6))
         assert residual_of(fn, x) < (1e-24 if x64 else 1e-9)
         assert jnp.isfinite(x).all()
@@ -719,3 +723,31 @@ def test_losses_with_arguments_need_names():
 
 def test_phases_have_numbers():
     assert (LOSS, BALANCE) == (0, 1)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("compensated", [True, False])
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+def test_meshes(kind, compensated):
+    mesh = jax.make_mesh((4,), ("rows",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+    fn = lambda p: {"a": jnp.sum((p["w"] - 1) ** 2) + p["b"] ** 2, "b": 3 * jnp.sum(p["w"] ** 2)}
+    flow = balance_flow(fn, optax.sgd(0.1, momentum=0.5), compensated=compensated)
+    start = {"w": jnp.linspace(-1, 2, 32).reshape(8, 4), "b": jnp.ones(())}
+
+    @jax.jit
+    def run(params, state):
+        def step(carry, _):
+            params, state = carry
+            updates, state = flow.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), state.info.balance
+
+        return jax.lax.scan(step, (params, state), length=4)
+
+    (expected, _), balance = run(start, flow.init(start))
+    with jax.set_mesh(mesh):
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("rows", None))
+        params = start | {"w": jax.device_put(start["w"], rows)}
+        (params, _), found = run(params, flow.init(params))
+        assert params["w"].sharding.spec[0] == "rows"
+    np.testing.assert_allclose(found, balance, rtol=1e-5)
+    np.testing.assert_allclose(params["w"], expected["w"], rtol=1e-5)

@@ -393,3 +393,34 @@ def test_equals_the_graph_made_by_hand():
     by_hand = EnergyGraph(Landau(a=jnp.ones(3)), Quadratic([0, 1], [1, 2], jnp.array([0.7, 0.2])))
     x = jnp.array([0.1, 0.5, 0.9])
     assert float(made.energy(x)) == float(by_hand.energy(x))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("spelling", ["directed_hinge", "DirectedHinge", "Directed Hinge"])
+def test_a_family_may_be_spelled_in_other_ways(spelling):
+    matrix = scipy.sparse.csr_array([[0.0, 2.0], [0.0, 0.0]])
+    for graph in (
+        from_edge_list([{"i": 0, "j": 1, "family": spelling}], num_nodes=2),
+        from_networkx(nx.DiGraph([(0, 1)]), family=spelling),
+        from_scipy(matrix, family=spelling),
+    ):
+        assert graph.keys == ("DirectedHinge",)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        (lambda m, n: from_scipy(m, family="directedhing"), ValueError, "mean 'directed_hinge'"),
+        (lambda m, n: from_networkx(n, family="spring"), ValueError, "choose from quadratic"),
+        (lambda m, n: from_networkx(m), TypeError, "got csr_array: from_scipy takes"),
+        (lambda m, n: from_networkx([(0, 1)]), TypeError, "got list: from_edge_list takes"),
+        (lambda m, n: from_scipy(n), TypeError, "got Graph: from_networkx takes"),
+        (lambda m, n: from_scipy(m.toarray()), TypeError, "got ndarray: from_scipy takes scipy"),
+        (lambda m, n: from_edge_list(n, num_nodes=2), TypeError, "got Graph: from_networkx"),
+        (lambda m, n: from_edge_list(3, num_nodes=2), TypeError, "records must be edges, got int"),
+    ],
+)
+def test_what_another_function_takes_is_named(mistake, error, message):
+    with pytest.raises(error, match=message):
+        mistake(scipy.sparse.csr_array([[0.0, 2.0], [2.0, 0.0]]), nx.path_graph(2))

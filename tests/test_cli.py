@@ -131,6 +131,16 @@ def test_flags_override_the_configuration(files):
         (["relax", "edges.csv", "--momentum", "0.5"], "momentum: method default has none"),
         (["relax", "edges.csv", "--symmetrize", "sum"], "symmetrize: only a matrix has two"),
         (["relax", "edges.csv", "--node", "id"], "node: there is no node table"),
+        (
+            ["relax", "edges.csv", "--method", "momentum", "--momentum", "1"],
+            "momentum = 1.0 must be below 1",
+        ),
+        (
+            ["relax", "edges.csv", "--live", "a.csv", "--live", "b.csv"],
+            "--live is given 2 times: put all values after one --live",
+        ),
+        (["relax", "edges.csv", "--live", "./edges.csv"], "edges.csv is the graph: it would be"),
+        (["relax", "state.csv", "--out", "."], "state.csv is the graph: it would be overwritten"),
         (["relax", "m.mtx", "--source", "id"], "source: a .mtx file has no such column"),
         (["plot", "edges.csv", "--smooth", "3"], "smooth: there is no metric to smooth"),
         (["plot", "edges.csv", "--suite", "a"], "suite: only a plan has suites"),
@@ -203,6 +213,37 @@ def test_nothing_to_do_is_no_success_in_silence(files, capsys):
     (note,) = notes(capsys)
     assert note.startswith("nothing to do")
     assert "a node table (--nodes)" in note
+
+
+def test_no_steps_write_the_start(files):
+    assert run("--steps", 0) == 0
+    state = (files / "edges-relaxed" / "state.csv").read_text()
+    assert state == "node,x\nann,0.3\nbob,0.9\neve,0.1\n"
+
+
+def test_a_box_so_wide_that_any_start_is_within_the_tolerance_is_told(files, capsys):
+    assert run("--lower", -1e30, "--upper", 1e30) == 0
+    note = notes(capsys)[-1]
+    assert "to 1e-08 (tol) of the box, which is 2e+30 wide" in note
+    assert "a bound that is meant for none is written as inf" in note
+
+
+@pytest.mark.parametrize("size", ["1e-30", "1e30", "1e-300", "1e300"])
+def test_units_of_the_energy_do_not_matter(files, size):
+    (files / "edges.csv").write_text(f"source,target,weight\nann,bob,{size}\nbob,eve,{size}\n")
+    (files / "nodes.csv").write_text(f"node,a,target\nann,{size},0\nbob,{size},1\neve,{size},0\n")
+    assert run() == 0
+    state = (files / "edges-relaxed" / "state.csv").read_text().split()[1:]
+    np.testing.assert_allclose([float(row.split(",")[1]) for row in state], [0.25, 0.5, 0.25])
+
+
+def test_numbers_too_small_for_the_precision_are_told(files, capsys):
+    (files / "edges.csv").write_text("source,target,weight\nann,bob,1e-40\nbob,eve,1\n")
+    assert run("--steps", 1, "--no-x64") == 0
+    expected = "edges.csv: 1 of 2 cells of column 'weight' are too small for float32 and count as 0"
+    assert expected in notes(capsys)
+    assert run("--steps", 1) == 0
+    assert expected not in notes(capsys)
 
 
 def test_rows_that_a_method_does_not_have_are_told(files, capsys):

@@ -69,7 +69,7 @@ class TestFamily:
     def test_energy_is_linear_in_weights(self, family, d, eps):
         graph, x = graph_of(family, d), self.state(d)
         w = jnp.asarray([0.3, 2.0, 1.0, 0.5])
-        expected = graph.local_energy(x) + jnp.vdot(w, graph.term_energies(x))
+        expected = graph.local_energy(x) + np.vdot(w, graph.term_energies(x))
         np.testing.assert_allclose(graph.energy(x, w), expected, rtol=100 * eps)
 
 
@@ -96,6 +96,30 @@ def test_double_well_and_targets():
     x = jnp.asarray([1.0, 1.0])
     np.testing.assert_allclose(wells(x), -0.5)
     np.testing.assert_allclose(wells.majorizer_diagonal(x), [4.0, 2.0])
+
+
+@pytest.mark.once
+def test_whichever_coefficient_is_an_array_tells_the_number_of_nodes():
+    x = jnp.array([1.0, 3.0])
+    for local, expected in (
+        (sg.Landau(a=2.0, target=[0.0, 1.0]), 2 * (1 + 4)),
+        (sg.Landau(a=2.0, b=[1.0, 0.5]), 2 * (1 + 9) + 1 + 0.5 * 81),
+        (sg.Landau(a=1.0, b=1.0, target=jnp.zeros((2, 1))), None),
+    ):
+        assert local.num_nodes == 2
+        assert expected is None or local(x) == expected
+
+
+@pytest.mark.once
+def test_numbers_that_compiled_code_takes_for_zero_are_told():
+    with pytest.warns(UserWarning, match="a is at most 1e-38: float32 computes with nothing below"):
+        local = sg.Landau(a=jnp.full(2, 1e-38, jnp.float32))
+    with pytest.warns(UserWarning, match="weight is at most 1e-40: float32"):
+        edges = sg.Quadratic([0], [1], jnp.float32(1e-40))
+    result = sg.relax(sg.EnergyGraph(local, edges), jnp.ones(2, jnp.float32))
+    assert np.isfinite(result.x).all()
+    # beside numbers that count it is a matter of course
+    sg.Quadratic([0, 1], [1, 2], jnp.array([1e-40, 1.0], jnp.float32))
 
 
 def test_empty_graph_and_graph_without_edges():
@@ -143,7 +167,31 @@ BAD = [
     (lambda: sg.DampedGateBenefit([0], [1], eta_power=0.5), ValueError, "eta_power"),
     (lambda: sg.PairTerm(None, [0], [1]), TypeError, "fn must be callable"),
     (lambda: sg.PairTerm(max, [0], [1], params=jnp.ones(2)), ValueError, "params has a leaf"),
-    (lambda: sg.Landau(a=1.0), ValueError, "a must have shape"),
+    (
+        lambda: sg.PairTerm(lambda a: a, [0], [1]),
+        TypeError,
+        r"fn\(x_i, x_j\) without params.*\(a\)",
+    ),
+    (lambda: sg.PairTerm(lambda a, b, c: a, [0], [1]), TypeError, "without params.*a, b, c"),
+    (
+        lambda: sg.PairTerm(lambda a, b: a, [0], [1], params=jnp.ones(1)),
+        TypeError,
+        r"fn\(x_i, x_j, p\) with params",
+    ),
+    (
+        lambda: sg.PairTerm(jnp.subtract, [0], [1], gap=lambda a: a),
+        TypeError,
+        r"gap is called as gap\(x_i, x_j\)",
+    ),
+    (
+        lambda: sg.EnergyGraph(
+            None, sg.PairTerm(lambda a, b: (a - b) ** 2, [0], [1]), num_nodes=2
+        ).energy(jnp.zeros((2, 3))),
+        ValueError,
+        r"fn must give a scalar, got shape \(3,\)",
+    ),
+    (lambda: sg.Landau(a=1.0), ValueError, "to tell the number of nodes"),
+    (lambda: sg.Landau(a=jnp.ones((1, 1, 1))), ValueError, r"must have shape \[n\]"),
     (lambda: sg.Landau(a=[1.0, np.nan]), ValueError, r"a\[1\] = nan"),
     (lambda: sg.Landau(a=[1.0], b=-1.0), ValueError, r"b\[0\] = -1"),
     (lambda: sg.Landau(a=[1.0], target=[0.0, 1.0]), ValueError, "target has shape"),
@@ -151,6 +199,11 @@ BAD = [
     (lambda: sg.EnergyGraph(sg.Landau(a=[1.0]), num_nodes=2), ValueError, "disagree"),
     (lambda: sg.EnergyGraph(None, []), ValueError, "num_nodes"),
     (lambda: sg.EnergyGraph(jnp.sum, [], num_nodes=2), TypeError, "local must be"),
+    (
+        lambda: sg.EnergyGraph([sg.Quadratic([0], [1])], sg.Landau(a=[1.0, 1.0])),
+        TypeError,
+        r"local is the edge family Quadratic: the order is EnergyGraph\(local, edges\)",
+    ),
     (lambda: sg.EnergyGraph(None, ["x"], num_nodes=2), TypeError, "edges must be"),
     (lambda: random_graph("ring", 4).graph.energy(jnp.zeros(5)), ValueError, "x has shape"),
     (

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from smallgain_jax.search.guard import (
     cosine,
@@ -8,11 +9,13 @@ from smallgain_jax.search.guard import (
     guard_scale,
     trusted_curvature,
 )
+from tests.products import exact
 
 
 def test_guard_makes_any_update_descend(eps):
     rng = np.random.default_rng(0)
 
+    @exact
     def one(key):
         a, b = jax.random.split(key)
         root = jax.random.normal(a, (6, 6))
@@ -43,9 +46,8 @@ def test_guard_refuses_what_is_not_finite():
 def test_directional_curvature_is_that_of_the_hessian():
     fn = lambda x: jnp.sum(jnp.cos(x) * x[::-1])
     x, d = jnp.asarray([0.1, 0.2, 0.3]), jnp.asarray([1.0, -1.0, 2.0])
-    np.testing.assert_allclose(
-        directional_curvature(fn, x, d), d @ jax.hessian(fn)(x) @ d, rtol=1e-4
-    )
+    oracle = np.asarray(d) @ np.asarray(jax.hessian(fn)(x)) @ np.asarray(d)
+    np.testing.assert_allclose(directional_curvature(fn, x, d), oracle, rtol=1e-4)
 
 
 def test_cosine_of_nothing_is_zero():
@@ -56,3 +58,9 @@ def test_small_curvature_is_trusted_down_to_rounding(eps):
     # a smooth direction of a chain of a million nodes
     assert trusted_curvature(jnp.asarray(200 * eps), jnp.asarray(1.0)) < 0.5
     assert trusted_curvature(jnp.asarray(50 * eps), jnp.asarray(1.0)) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_an_angle_has_no_unit(scale):
+    a, b = jnp.asarray([3.0, 0.0]) * scale, jnp.asarray([3.0, 4.0]) / scale
+    np.testing.assert_allclose(cosine(a, b), 0.6, rtol=1e-5)

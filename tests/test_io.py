@@ -256,7 +256,24 @@ class TestCsv:
             ),
             ("source,target\n0,1\n2,2\n", 3, "target", "'2' is also the source"),
             ("source,target\na,b\nb,b\n", 3, "target", "'b' is also the source"),
-            ("source,target\n0,1\n1,-2\n", 3, "target", "-2 is not a node number"),
+            (
+                "source,target\n0,1\n1,-2\n",
+                3,
+                "target",
+                "-2 is not a node number: .* stand for no node",
+            ),
+            (
+                'source,target\n"a,b\nc,d\n',
+                2,
+                None,
+                "a quote is opened in this row and never closed",
+            ),
+            ('source,target\na,"b\n\nc,d\n', 2, None, "never closed"),
+            ("a b {'weight': 0.5}\nb c\n", 2, None, "expected two ends and a dictionary"),
+            ("a b {'weight': 0.5}\na b c {}\n", 2, None, "expected two ends and a dictionary"),
+            ("a b {'w': f(1)}\n", 1, None, "is not a dictionary of numbers and text"),
+            ("source,target,family\n0,1,springs\n", 2, "family", "unknown: choose from quadratic"),
+            ("source,target,family\n0,1,directed\n", 2, "family", "did you mean 'directed_hinge'"),
             ("source,target\n0,1\n1.5,2\n", 3, "source", "1.5 is neither an integer nor text"),
             ("source,target\n0,1\nnan,2\n\n2,\n", 5, "target", "the cell is empty"),
             ("source,target\n0,1\n,1\n", 3, "source", "empty"),
@@ -301,6 +318,9 @@ class TestCsv:
             read_graph(edges, nodes)
         error = caught.value
         assert (error.path, error.line, error.column) == (edges, 3, "target")
+        nodes = csv_file(tmp_path / "nodes.csv", "id,Label\n1,a\n2,b\n3,c\n")
+        with pytest.raises(FileFormatError, match="nodes are called by its column 'id'"):
+            read_graph(edges, nodes)
 
     def test_not_text(self, tmp_path):
         path = tmp_path / "e.csv"
@@ -397,6 +417,36 @@ class TestFilesAsPeopleHaveThem:
                 "\n\nsource,target,weight\n\nann,bob,0.5\n \nbob,eve,2\neve,ann,1.25\n\n",
                 0,
             ),
+            ("excel.csv", "sep=;\nsource;target;weight\nann;bob;0,5\nbob;eve;2\neve;ann;1,25\n", 0),
+            (
+                "excel-tab.csv",
+                "\ufeffSep=\t\r\nsource\ttarget\tw\r\nann\tbob\t0.5\r\nbob\teve\t2\r\neve\tann\t1.25\r\n",
+                0,
+            ),
+            (
+                "excel-blank.csv",
+                "source,target,weight\r\nann,bob,0.5\r\nbob,eve,2\r\neve,ann,1.25\r\n,,\r\n,,\r\n",
+                0,
+            ),
+            ("melted.csv", "i,j,value\nann,bob,0.5\nbob,eve,2\neve,ann,1.25\n", 0),
+            (
+                "pair.csv",
+                "from,to,weight,source\nann,bob,.5,web\nbob,eve,2,web\neve,ann,1.25,x\n",
+                1,
+            ),
+            ("no-names.edgelist", "ann bob 0.5\nbob eve 2\neve ann 1.25\n", 1),
+            ("no-names.edges", "#G\n\nann\tbob\t0.5\nbob\teve\t2\neve\tann\t1.25\n", 1),
+            (
+                "networkx.edgelist",
+                "ann bob {'weight': 0.5}\nbob eve {'weight': 2}\neve ann {'weight': 1.25}\n",
+                0,
+            ),
+            (
+                "networkx.txt",
+                "# made\nann\tbob\t{'weight': np.float64(0.5), 'since': 'a, {b}'}\n"
+                "bob\teve\t{'weight': 2}\neve\tann\t{'weight': 1.25}\n",
+                1,
+            ),
             (
                 "id-weight.csv",
                 "id,Target Id,source-id,WEIGHT\n9,bob,ann,0.5\n8,eve,bob,2\n7,ann,eve,1.25\n",
@@ -420,6 +470,8 @@ class TestFilesAsPeopleHaveThem:
             ("0,1,0.5\n1,2,2\n2,0,1.25\n", "012"),
             ("# FromNodeId\tToNodeId\tw\n1\t2\t0.5\n2\t3\t2\n3\t1\t1.25\n", "123"),
             ("1 2 0.5\n2 3 2\n3 1 1.25\n", "123"),
+            ("# a simple graph\n1 2 0.5\n2 3 2\n3 1 1.25\n", "123"),
+            ("1 2 {'weight': 0.5}\n2 3 {'weight': 2}\n3 1 {'weight': 1.25}\n", "123"),
             ("source,target,weight\n2.0,0.0,0.5\n0.0,1.0,2\n1.0,2.0,1.25\n", "201"),
             ("source;target;weight\n2;0;0,5\n0;1;2\n1;2;1,25\n", "201"),
             ("source;target;weight\n10;30;0.5\n30;20;2\n20;10;1.25\n", ("10", "30", "20")),
@@ -439,6 +491,25 @@ class TestFilesAsPeopleHaveThem:
         read = read_graph(csv_file(tmp_path / "e.txt", text))
         a, b, c = labels
         assert_edges(read, [(a, b, 0.5), (b, c, 2.0), (c, a, 1.25)])
+
+    def test_a_family_may_be_spelled_as_its_class(self, tmp_path):
+        text = "source,target,family\na,b,DirectedHinge\nb,c,directed hinge\n"
+        read = read_graph(csv_file(tmp_path / "e.csv", text))
+        assert read.graph.keys == ("DirectedHinge",)
+
+    def test_what_networkx_writes(self, tmp_path):
+        network = nx.Graph([("ann", "bob", {"weight": 0.5}), ("bob", "eve", {})])
+        for name, separator in (("a.edgelist", " "), ("b.txt", ","), ("c.edges", "\t")):
+            nx.write_edgelist(network, tmp_path / name, delimiter=separator)
+            assert_edges(read_graph(tmp_path / name), [("ann", "bob", 0.5), ("bob", "eve", 1.0)])
+        nx.write_weighted_edgelist(
+            nx.Graph([("ann", "bob", {"weight": 0.5})]), tmp_path / "w.edges"
+        )
+        assert_edges(read_graph(tmp_path / "w.edges"), [("ann", "bob", 0.5)])
+
+    def test_an_inch_is_no_quote(self, tmp_path):
+        text = 'source,target,note\nann,bob,5" pipe\nbob,eve,x\n'
+        assert read_graph(csv_file(tmp_path / "e.csv", text)).labels == ("ann", "bob", "eve")
 
     def test_names_with_spaces_umlauts_and_quotes(self, tmp_path):
         text = 'source;target\n Jürg Groß ; "O\'Neil; ""Bo"""\nŁukasz;"#5"\n'
@@ -510,6 +581,11 @@ class TestFilesAsPeopleHaveThem:
         read = read_graph(csv_file(tmp_path / "e.csv", "source,target\nNA,DE\nDE,FR\n"))
         assert read.labels == ("NA", "DE", "FR")
 
+    def test_a_first_line_of_counts_is_told(self, tmp_path):
+        read = read_graph(csv_file(tmp_path / "e.txt", "5 4\n0 1\n1 2\n2 3\n3 4\n"))
+        assert read.graph.num_edges == 5
+        assert any("its first line, 5 4, is read as an edge" in note for note in read.notes)
+
     def test_not_utf8_names_the_line(self, tmp_path):
         path = tmp_path / "e.csv"
         path.write_bytes("source,target\nann,bob\nJürg,ann\n".encode("latin-1"))
@@ -567,6 +643,35 @@ class TestOtherTables:
     def test_ragged_arrays(self, tmp_path):
         np.savez(tmp_path / "e.npz", source=[0, 1], target=[1, 2], weight=[1.0])
         with pytest.raises(FileFormatError, match=r"'weight'.*shape \(1,\)"):
+            read_graph(tmp_path / "e.npz")
+
+    @pytest.mark.parametrize("name", ["edges", "edge_index"])
+    def test_both_ends_in_one_array(self, tmp_path, name):
+        ends = np.array([[0, 1], [1, 2], [2, 0]])
+        ends = ends if name == "edges" else ends.T
+        np.savez(tmp_path / "e.npz", **{name: ends, "weight": [0.5, 2.0, 1.25]})
+        read = read_graph(tmp_path / "e.npz")
+        assert_edges(read, [("0", "1", 0.5), ("1", "2", 2.0), ("2", "0", 1.25)])
+        np.savez(tmp_path / "e.npz", **{name: ends.T})
+        with pytest.raises(FileFormatError, match=rf"{name}.*has shape .*for each end"):
+            read_graph(tmp_path / "e.npz")
+
+    def test_other_arrays_are_left_out(self, tmp_path):
+        np.savez(
+            tmp_path / "g.npz",
+            edge_index=[[0, 1], [1, 2]], x=np.ones((3, 5)), num_nodes=3, y=np.ones(3),
+        )  # fmt: skip
+        read = read_graph(tmp_path / "g.npz")
+        assert_edges(read, [("0", "1", 1.0), ("1", "2", 1.0)])
+        assert read.notes == (
+            "g.npz, ignored array 'x' of shape (3, 5)",
+            "g.npz, ignored array 'num_nodes' of shape ()",
+            "g.npz, ignored array 'y' of shape (3,)",
+        )
+
+    def test_arrays_that_are_no_columns(self, tmp_path):
+        np.savez(tmp_path / "e.npz", source=np.zeros((3, 1)), target=np.ones((3, 1)))
+        with pytest.raises(FileFormatError, match=r"expected \[E\].*an array of one axis"):
             read_graph(tmp_path / "e.npz")
 
     def test_pickled_arrays_are_not_loaded(self, tmp_path):
@@ -851,6 +956,10 @@ class TestMatrices:
             assert read.notes == (
                 f"{name}: ignored 3 entries on the diagonal: they join no two nodes",
             )
+        own = scipy.sparse.coo_array([[0.0, 1.0], [1.0, 2.0]])
+        scipy.io.mmwrite(tmp_path / "m.mtx", own)
+        (note,) = read_graph(tmp_path / "m.mtx").notes
+        assert note == "m.mtx: ignored 1 entry on the diagonal: it joins no two nodes"
 
     @pytest.mark.parametrize("kind", ["csr", "csc", "coo", "bsr", "dia"])
     def test_save_npz(self, tmp_path, kind):

@@ -13,7 +13,7 @@ import smallgain_jax as sg
 pytestmark = pytest.mark.once
 PACKAGE = Path(sg.__file__).parent
 FLOORS = [
-    {"_checks"},
+    {"_checks", "_show"},
     {"_tree"},
     {"spectral", "search"},
     {"allocation", "limits", "penalties", "presets"},

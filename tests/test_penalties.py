@@ -19,6 +19,7 @@ from smallgain_jax.penalties import (
     TopK,
     jumprelu,
 )
+from tests import products
 
 POINTS = 10_000
 D = 5
@@ -518,8 +519,9 @@ def test_reweighted_least_squares_is_monotone(name, omega, dtype):
     penalty = SIX[name]()
     rng = np.random.default_rng(12)
     a, b = jnp.asarray(rng.normal(size=(20, 8)), dtype), jnp.asarray(rng.normal(size=20), dtype)
-    rows = jnp.sum(jnp.abs(a.T @ a), axis=1)
+    rows = jnp.sum(jnp.abs(products.exact(jnp.matmul)(a.T, a)), axis=1)
 
+    @products.exact
     def loss(x):
         return 0.5 * jnp.sum((a @ x - b) ** 2) + penalty(x)
 

@@ -391,7 +391,7 @@ def test_sparse_autoencoder_trains(kind, dtype):
     start = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), start)
     model = autoencoder(kind)
     optimizer = sg.small_gain(
-        optax.adam(3e-3), model, priorities=(1.0, 1.0), warmup=10, iterations=1
+        optax.adam(3e-3), model, policy="fair", priorities=(1.0, 1.0), warmup=10, iterations=1
     )
 
     @jax.jit

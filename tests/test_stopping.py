@@ -146,6 +146,21 @@ def test_other_steps_need_no_other_program():
 
 
 @pytest.mark.once
+def test_a_slope_without_curvature_and_without_a_wall_is_no_minimum():
+    graph = sg.EnergyGraph(None, [sg.GateBenefit([0], [1], delta=0.5)], num_nodes=2)
+    for bounds in (None, (0, jnp.inf)):
+        result = sg.relax(graph, jnp.zeros(2), steps=4, bounds=bounds)
+        assert not result.info.converged
+    assert sg.relax(graph, jnp.zeros(2), steps=4).x.tolist() == [1.0, 0.0]
+
+
+def test_no_steps_are_as_many_as_asked_for():
+    graph = sg.EnergyGraph(sg.Landau(a=[1.0, 1.0]), [sg.Quadratic([0], [1])])
+    result = sg.relax(graph, jnp.ones(2), steps=0, record=lambda state: state.rows)
+    assert (result.info.steps, result.info.history.shape) == (0, (0, 2))
+    assert result.energy.tolist() == [2.0]
+
+
 def test_nothing_is_computed_after_the_end():
     scenario, calls = scenarios.baseline(), []
 

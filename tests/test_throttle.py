@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from smallgain_jax.throttling import STATIC, throttle
+from tests.products import exact
 
 
 def quadratics(num, dim=12, seed=0):
@@ -28,8 +29,9 @@ def gradient_norms(make, hessian, start, rate, steps):
 
     def step(carry, _):
         x, state = carry
-        updates, state = optimizer.update(hessian @ x, state, x)
-        return (optax.apply_updates(x, updates), state), jnp.linalg.norm(hessian @ x)
+        gradient = exact(jnp.matmul)(hessian, x)
+        updates, state = optimizer.update(gradient, state, x)
+        return (optax.apply_updates(x, updates), state), jnp.linalg.norm(gradient)
 
     return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[1]
 

@@ -470,3 +470,21 @@ def test_a_graph_passed_on_takes_the_place_of_its_like(eps):
     assert sg.relax(
         other.graph, mine.x0, sg.small_gain(base, mine.graph), steps=5
     ).state.weights.shape == (40,)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("value", ["alignment", "grad_norm", "peek"])
+def test_units_of_the_energy_do_not_matter(value):
+    def run(scale):
+        graph = sg.EnergyGraph(
+            sg.Landau(a=jnp.full(3, scale), target=jnp.array([0.0, 1.0, 0.0])),
+            sg.Quadratic([0, 1], [1, 2], jnp.full(2, scale)),
+        )
+        optimizer = sg.small_gain(optax.sgd(0.1 / scale), graph, limit=20 * scale, value=value)
+        result = sg.relax(graph, jnp.full(3, 0.5), optimizer, steps=12)
+        return result.x, result.state.weights
+
+    x, weights = jax.jit(jax.vmap(run))(jnp.array([1.0, 1e-30, 1e-20, 1e20, 1e30]))
+    np.testing.assert_allclose(x[0], [0.25, 0.5, 0.25], atol=1e-3)
+    np.testing.assert_allclose(x, jnp.broadcast_to(x[0], x.shape), atol=1e-4)
+    np.testing.assert_allclose(weights, jnp.broadcast_to(weights[0], weights.shape), rtol=0.05)

@@ -50,6 +50,7 @@ METHODS: dict[str, Method] = {
     "equal": _against(peers.fixed()),
     "gradient_norms": _against(peers.gradient_norms()),
     "gradient_norms_100": _against(peers.gradient_norms(every=100)),
+    "gradient_norms_1000": _against(peers.gradient_norms(every=1000)),
     "annealing": _against(peers.annealing()),
     "tangent_kernel": _against(peers.tangent_kernel()),
     "relobralo": _against(peers.relative_lookback()),

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +25,10 @@ from bench.training import problems
 from bench.training.problems import Problem, value_and_term_grads
 
 CHUNKS = {"quadratics": 1000, "digits": 100, "helmholtz": 120, "burgers": 30, "large": 20}
-VARIANTS = [(10, "hessian"), (10, "difference"), (20, "hessian")]
+Curvature = Literal["hessian", "difference"]
+VARIANTS: list[tuple[int, Curvature]] = [(10, "hessian"), (10, "difference"), (20, "hessian")]
+Given = Literal["terms", "sum", "weighted"]
+SUFFIX: dict[Given, str] = {"terms": "", "sum": ", of the sum", "weighted": ", weighted"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -43,25 +47,31 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     return compare(problems.make(name), CHUNKS[name], rounds)
 
 
-def compare(problem: Problem, chunk: int, rounds: int) -> list[dict[str, Any]]:
+def compare(
+    problem: Problem,
+    chunk: int,
+    rounds: int,
+    variants: Sequence[tuple[int, Curvature]] | None = None,
+    given: Sequence[Given] = ("terms", "sum", "weighted"),
+    policy: str = "fair",
+) -> list[dict[str, Any]]:
+    """Rows of `small_gain` measured in each variant and handed each kind of gradient."""
     rate = problem.rates[min(1, len(problem.rates) - 1)]
     bare = optax.with_extra_args_support(problem.optimizer(rate))
-    runs = {
-        "plain": loop(problem, bare, chunk, given="sum"),
-        "fixed weights": loop(problem, bare, chunk, given="terms"),
-    }
-    for every, curvature in VARIANTS:
+    runs = {"plain": loop(problem, bare, chunk, given="sum")}
+    if "terms" in given:
+        runs["fixed weights"] = loop(problem, bare, chunk, given="terms")
+    for every, curvature in VARIANTS if variants is None else variants:
         optimizer = sg.small_gain(
             problem.optimizer(rate),
             problem.losses,
-            policy="fair",
+            policy=policy,
             every=every,
             curvature=curvature,
         )
         label = f"every={every}, {curvature}"
-        runs[label] = loop(problem, optimizer, chunk, given="terms")
-        runs[f"{label}, of the sum"] = loop(problem, optimizer, chunk, given="sum")
-        runs[f"{label}, weighted"] = loop(problem, optimizer, chunk, given="weighted")
+        for kind in given:
+            runs[label + SUFFIX[kind]] = loop(problem, optimizer, chunk, given=kind)
     times: dict[str, list[float]] = {label: [] for label in runs}
     for _ in range(rounds):
         for label, (run, carry) in runs.items():
@@ -72,8 +82,9 @@ def compare(problem: Problem, chunk: int, rounds: int) -> list[dict[str, Any]]:
     for label, found in times.items():
         median, least = statistics.median(found), min(found)
         row = {"case": problem.name, "method": label, "ms": median, "least_ms": least}
-        row["over_fixed"] = median / statistics.median(times["fixed weights"])
-        row["least_over_fixed"] = least / min(times["fixed weights"])
+        if "fixed weights" in times:
+            row["over_fixed"] = median / statistics.median(times["fixed weights"])
+            row["least_over_fixed"] = least / min(times["fixed weights"])
         row["over_plain"] = median / statistics.median(times["plain"])
         rows.append(row)
         print({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
@@ -85,7 +96,7 @@ def loop(
     optimizer: optax.GradientTransformationExtraArgs,
     chunk: int,
     *,
-    given: Literal["terms", "sum", "weighted"],
+    given: Given,
 ) -> Any:
     """A compiled loop of `chunk` steps, and a state past every warm-up."""
     losses = problem.losses

@@ -56,9 +56,10 @@ def value_and_term_grads(problem: Problem, params: Any, *args: Any) -> tuple[jax
 
 def make(name: str) -> Problem:
     """The problem of that name."""
-    from bench.training import burgers, digits, helmholtz, large, quadratics
+    from bench.training import advection, burgers, digits, helmholtz, large, quadratics
 
     makers = {
+        "advection": advection.problem,
         "helmholtz": helmholtz.problem,
         "burgers": burgers.problem,
         "quadratics": quadratics.problem,
@@ -68,5 +69,5 @@ def make(name: str) -> Problem:
     return makers[name]()
 
 
-NAMES = ("helmholtz", "burgers", "quadratics", "digits")
+NAMES = ("helmholtz", "burgers", "quadratics", "digits", "advection")
 """Those on which methods are compared; the large one is there for times."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._tree import matmul
 from smallgain_jax.allocation.problem import Knapsack, in_shares
 
 SAMPLE = 1 << 15
@@ -47,7 +48,7 @@ def by_classes(problem: Knapsack, rounds: int, bins: int) -> jax.Array:
         for claim, index in zip(claims, where, strict=True):
             demand = demand.at[index].add(claim, mode="promise_in_bounds")
         demand = demand.reshape(num_rows, bins)
-        left = 1 - jnp.dot(demand, earlier, precision="highest")
+        left = 1 - matmul(demand, earlier)
         part = jnp.clip(left / jnp.where(demand > 0, demand, 1), 0, 1)
         return jnp.sum(jnp.where(demand > 0, part, left > 0), axis=1)
 

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import Numbers, check_finite, float_dtype, is_concrete
+from smallgain_jax._show import shows
 from smallgain_jax.allocation.classes import by_classes
 from smallgain_jax.allocation.fair import fair_raises
 from smallgain_jax.allocation.ordered import fill
@@ -38,6 +39,7 @@ ROUNDS_OF = {"fair": 8, "prices": 16, "classes": 2}
 """What `rounds=None` stands for."""
 
 
+@shows(bars="weights")
 class Allocation(NamedTuple):
     """What `allocate` decided. K terms, R rows."""
 
@@ -65,9 +67,10 @@ def allocate(
 
     - one row: by value over cost, which is exact;
     - up to 10,000 terms: at prices of the rows, by primal-dual sweeps that stop when the value is
-      proved within 1e-4 of the linear program's optimum, or after `rounds` restarts. On random
-      graphs, costs spread over 10^-1..10^1 included, 99.99 % of the optimum in the median and
-      99.9 % at worst;
+      proved within 1e-4 of the linear program's optimum, or after `rounds` restarts. With costs and
+      values spread over 10^-1..10^1, on 5,000 problems of each of four sizes from 24 terms to 240
+      (`python -m bench.allocator --quality 5000`): above 99.99 % of the optimum in the median,
+      99.9 % in all but one of a thousand, 99.8 % at worst;
     - beyond: by 16 classes of value over cost, without sorting. On random graphs, against serving
       one term after the other, 99.7 % where budgets are half of the demand, 98.5 % at a tenth.
 
@@ -80,8 +83,10 @@ def allocate(
         a term names twice is paid twice.
       rows: which rows, int [K, m], in 0..R-1; m = 2 for an edge.
       lower, upper: bounds of each weight, finite floats [K], lower <= upper.
-      row_budget: b_r, float [R], in units of cost times weight; negative counts as 0, inf as none.
-      global_budget: b, float scalar; a term's price is its dearest row's.
+      row_budget: b_r, float [R], in units of cost times weight: what raising weights above `lower`
+        may cost row r, $\sum_k C_{kr} (w_k - l_k) \le b_r$. What the lower weights themselves cost
+        is not part of it. Negative counts as 0, inf as no budget.
+      global_budget: b, float scalar, for all raises together; a term's price is its dearest row's.
       policy: "greedy" (linear utility, as above), or "fair": maximize $\sum_k v_k \log w_k$ under
         the same bounds and budgets, so that every term gets a share of the margin (proportional
         fairness: Kelly, Maulloo and Tan 1998). Needs lower >= 0.

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import vdot
 from smallgain_jax.allocation.ordered import fill
 from smallgain_jax.allocation.problem import Shares
 
@@ -49,8 +50,8 @@ def best_filling(problem: Shares, rounds: int) -> jax.Array:
     prices = jnp.where(jnp.max(prices, initial=0.0) > 0, prices, 1)
     in_order, swept = fill(problem, problem.charge(prices), starts, FILLING_ROUNDS)
     # of equals the one that serves terms one after the other
-    least = (1 + 16 * jnp.finfo(swept.dtype).eps) * jnp.vdot(problem.worth, in_order)
-    return jnp.where(jnp.vdot(problem.worth, swept) > least, swept, in_order)
+    least = (1 + 16 * jnp.finfo(swept.dtype).eps) * vdot(problem.worth, in_order)
+    return jnp.where(vdot(problem.worth, swept) > least, swept, in_order)
 
 
 def _sweep(problem: Shares, rounds: int) -> _Prices:
@@ -70,7 +71,7 @@ def _sweep(problem: Shares, rounds: int) -> _Prices:
         repriced = jnp.where(scarce, (prices - now.prices) ** 2 * asked, 0)
         scale = _balanced(now.scale, moved, jnp.sqrt(jnp.sum(repriced)))
         feasible = _feasible(problem, share)
-        reached = jnp.vdot(worth, feasible)
+        reached = vdot(worth, feasible)
         bound = jnp.sum(prices) + jnp.sum(jnp.maximum(worth - problem.charge(prices), 0))
         better = reached > now.reached
         return _Prices(

@@ -28,7 +28,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import still
+from smallgain_jax._tree import still, vdot
 from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
@@ -180,7 +180,7 @@ def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.
     """
     eps = jnp.finfo(right.dtype).eps
     scaled = precondition(right)
-    norm = jnp.vdot(right, scaled)
+    norm = vdot(right, scaled)
     limit = 10 * right.size + 100
 
     def going(c: _Conjugate) -> jax.Array:
@@ -188,13 +188,13 @@ def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.
 
     def step(c: _Conjugate) -> _Conjugate:
         image = product(c.direction)
-        bend = jnp.vdot(c.direction, image)
+        bend = vdot(c.direction, image)
         # below the rounding of its own terms a curvature is none
-        sound = bend > eps * jnp.vdot(c.direction, rows * c.direction)
+        sound = bend > eps * vdot(c.direction, rows * c.direction)
         length = jnp.where(sound, c.norm / jnp.where(sound, bend, 1), 0)
         residual = c.residual - length * image
         scaled = precondition(residual)
-        new = jnp.vdot(residual, scaled)
+        new = vdot(residual, scaled)
         direction = scaled + (new / c.norm) * c.direction
         return _Conjugate(
             c.solution + length * c.direction, residual, direction, new, c.steps + 1, sound
@@ -205,7 +205,7 @@ def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.
     )
     end = jax.lax.while_loop(going, step, begin)
     rest = right - product(end.solution)
-    left = jnp.vdot(rest, precondition(rest))
+    left = vdot(rest, precondition(rest))
     relative = jnp.sqrt(left / jnp.where(norm > 0, norm, 1))
     # not >: a NaN on the way must not pass
     return Answer(end.solution, end.steps, relative, left <= eps * norm)

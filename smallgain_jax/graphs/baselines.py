@@ -23,7 +23,7 @@ def gradnorm(
     objective: str = "adapted",
     max_backtracks: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The seeds' baseline: pull the gradient norms of all terms towards a common one.
+    r"""The design note's baseline: pull the gradient norms of all terms towards a common one.
 
     $w_k \leftarrow \operatorname{clip}((1 - \eta) w_k + \eta\, w_k\,
     \bar n\, r_k^\alpha / n_k)$, with $n_k = w_k \|\nabla e_k\|$, $\bar n$ = target_norm times their
@@ -67,7 +67,7 @@ def auto_cap(
     smoothing: Activity | float | None = 1e-3,
     max_backtracks: int = 20,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The seeds' baseline: one common weight $w = \min(1, T / L)$ for all terms.
+    r"""The design note's baseline: one common weight $w = \min(1, T / L)$ for all terms.
 
     Args:
       base_optimizer, terms, limit, target, objective, smoothing, max_backtracks: as in
@@ -80,7 +80,7 @@ def auto_cap(
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [sg.Quadratic([0], [1], 0.5)])
     >>> x = jnp.array([1.0, 0.5])
-    >>> optimizer = auto_cap(optax.sgd(0.1), graph, limit=3.0, target=1.0)  # L = 4
+    >>> optimizer = auto_cap(optax.sgd(0.1), graph, limit=6.0, target=0.5)  # L = 4
     >>> optimizer.update(graph.gradient(x), optimizer.init(x), x)[1].weights.tolist()
     [0.75]
     """

@@ -1,5 +1,6 @@
 """Energy graphs from edge lists, NetworkX graphs and SciPy sparse matrices."""
 
+import difflib
 import functools
 import inspect
 import operator
@@ -94,6 +95,32 @@ def family_parameters(maker: FamilyMaker) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.name not in ("i", "j", "weight")}
 
 
+def family_name(text: str) -> str | None:
+    """The key of `FAMILIES` that a text spells, in any case, with or without what joins words.
+
+    >>> family_name("Directed Hinge"), family_name("DirectedHinge"), family_name("spring")
+    ('directed_hinge', 'directed_hinge', None)
+    """
+    return next((name for name in FAMILIES if _letters(name) == _letters(text)), None)
+
+
+def unknown_family(text: str) -> str:
+    """What to say of a text that spells no family.
+
+    >>> unknown_family("directed_hing")
+    "is unknown: did you mean 'directed_hinge'?"
+    """
+    letters = {_letters(name): name for name in FAMILIES}
+    near = difflib.get_close_matches(_letters(text), letters, n=1)
+    if near:
+        return f"is unknown: did you mean {letters[near[0]]!r}?"
+    return f"is unknown: choose from {', '.join(FAMILIES)}"
+
+
+def _letters(text: str) -> str:
+    return "".join(filter(str.isalnum, text.casefold()))
+
+
 def known_parameters() -> tuple[str, ...]:
     """Every parameter of the built-in families.
 
@@ -140,6 +167,8 @@ def from_edge_list(
     >>> graph.keys, graph.i.tolist()
     (('Quadratic', 'GateBenefit'), [0, 0, 1])
     """
+    if not isinstance(records, Iterable) or hasattr(records, "nodes"):
+        raise TypeError(f"records must be edges, got {type(records).__name__}{_hint(records)}")
     columns = _columns((_as_mapping(k, r) for k, r in enumerate(records)), _record_error)
     return EnergyGraph(local, columns.families(), num_nodes=num_nodes)
 
@@ -164,7 +193,7 @@ def from_networkx(
     local: LocalEnergy | Sequence[LocalEnergy] | None = None,
     *,
     weight: str | None = "weight",
-    family: FamilyMaker = Quadratic,
+    family: FamilyMaker | str = Quadratic,
 ) -> EnergyGraph:
     r"""The graph $\sum_l f_l(x) + \sum_{uv} w_{uv} e(x_u, x_v)$ of a NetworkX graph.
 
@@ -178,7 +207,7 @@ def from_networkx(
         `graph.graph["edge_default"]`, where `networkx.read_graphml` keeps a file's defaults.
       local: local energies as for `EnergyGraph`, n nodes.
       weight: the attribute that holds w (1 where an edge has none), or None for all ones.
-      family: of the edges that do not say.
+      family: of the edges that do not say; a family, or a key of `FAMILIES`.
 
     Raises:
       ValueError: a self loop, an unknown family, a value that is not a finite number, negative
@@ -188,6 +217,9 @@ def from_networkx(
     >>> from_networkx(networkx.path_graph(4)).j.tolist()
     [1, 2, 3]
     """
+    if not (hasattr(graph, "nodes") and hasattr(graph, "edges")):
+        raise TypeError(f"graph must be a NetworkX graph, got {type(graph).__name__}{_hint(graph)}")
+    default = _maker(family, Quadratic, _argument_error)
     number = {node: k for k, node in enumerate(graph.nodes)}
     edges = list(graph.edges(data=True))
     defaults = graph.graph.get("edge_default", {})
@@ -198,7 +230,7 @@ def from_networkx(
     def record(k: int) -> dict[str, Any]:
         u, v, own = edges[k]
         attributes = {**defaults, **own}
-        maker = _maker(attributes.get("family"), family, lambda *problem: fail(k, *problem))
+        maker = _maker(attributes.get("family"), default, lambda *problem: fail(k, *problem))
         wanted = {name: attributes.get(name) for name in family_parameters(maker)}
         scale = None if weight is None else attributes.get(weight)
         return {**wanted, "i": number[u], "j": number[v], "family": maker, "weight": scale}
@@ -215,7 +247,7 @@ def from_scipy(
     matrix: Any,
     local: LocalEnergy | Sequence[LocalEnergy] | None = None,
     *,
-    family: FamilyMaker = Quadratic,
+    family: FamilyMaker | str = Quadratic,
     symmetrize: str | bool | None = None,
 ) -> EnergyGraph:
     r"""The graph $\sum_l f_l(x) + \sum_{rc} M_{rc} e(x_r, x_c)$ of a sparse matrix.
@@ -228,7 +260,7 @@ def from_scipy(
       matrix: SciPy sparse array or matrix [n, n] of real numbers, finite and non-negative, zero on
         the diagonal.
       local: local energies as for `EnergyGraph`, n nodes.
-      family: of all edges.
+      family: of all edges; a family, or a key of `FAMILIES`.
       symmetrize: "mean", "sum" or "max" make one edge i < j of the two entries of every pair, one
         that is not stored counting as 0; False takes every entry as an edge even where M is
         symmetric. None is as said above, with a warning where a pair that is stored twice, with
@@ -246,10 +278,11 @@ def from_scipy(
     >>> from_scipy(lopsided, symmetrize="mean").edges[0].weight.tolist()
     [1.5]
     """
+    maker = _maker(family, Quadratic, _argument_error)
     edges = matrix_edges(matrix, symmetrize)
-    if edges.note is not None and family is Quadratic:
+    if edges.note is not None and maker is Quadratic:
         warnings.warn(f"matrix {edges.note}", stacklevel=2)
-    terms = family(i=edges.i, j=edges.j, weight=edges.value)
+    terms = maker(i=edges.i, j=edges.j, weight=edges.value)
     return EnergyGraph(local, terms, num_nodes=edges.num_nodes)
 
 
@@ -306,7 +339,9 @@ def matrix_edges(matrix: Any, symmetrize: str | bool | None = None, first: int =
 def _checked_rows(matrix: Any, first: int) -> Any:
     is_sparse: bool = scipy.sparse.issparse(matrix)
     if not is_sparse:
-        raise TypeError(f"matrix must be a SciPy sparse array, got {type(matrix).__name__}")
+        raise TypeError(
+            f"matrix must be a SciPy sparse array, got {type(matrix).__name__}{_hint(matrix)}"
+        )
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise ValueError(f"matrix has shape {matrix.shape}, expected [n, n]")
     if matrix.dtype.kind not in "biuf":
@@ -349,6 +384,22 @@ def _first(bad: np.ndarray) -> list[int]:
     return [int(k) for k in np.flatnonzero(bad)[:1]]
 
 
+def _hint(given: Any) -> str:
+    """Which function takes what was given to another."""
+    is_sparse: bool = scipy.sparse.issparse(given)
+    if is_sparse:
+        return ": from_scipy takes sparse matrices"
+    if hasattr(given, "nodes") and hasattr(given, "edges"):
+        return ": from_networkx takes graphs"
+    if hasattr(given, "ndim"):
+        return ": from_scipy takes scipy.sparse.csr_array(matrix)"
+    return ": from_edge_list takes edges" if isinstance(given, Sequence) else ""
+
+
+def _argument_error(field: str | None, problem: str) -> Exception:
+    return ValueError(f"{field} {problem}")
+
+
 def _key(field: str | None) -> str:
     return "" if field is None else f"[{field!r}]"
 
@@ -372,9 +423,10 @@ def _maker(
         return default
     if callable(name):
         return name
-    if not isinstance(name, str) or name not in FAMILIES:
-        raise fail("family", f"= {name!r} is unknown: choose from {', '.join(FAMILIES)}")
-    return FAMILIES[name]
+    found = family_name(name) if isinstance(name, str) else None
+    if found is None:
+        raise fail("family", f"= {name!r} {unknown_family(str(name))}")
+    return FAMILIES[found]
 
 
 def _columns(records: Iterable[Mapping[str, Any]], fail: Fail) -> EdgeColumns:

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
+from smallgain_jax._show import shows
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import Evaluation, alike
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.graphs.step import Here, prices_of, searched
@@ -57,6 +59,7 @@ class Metric(Protocol):
         """
 
 
+@shows()
 class DescentInfo(NamedTuple):
     """What a reader of one step may want to know."""
 
@@ -68,6 +71,7 @@ class DescentInfo(NamedTuple):
     lipschitz: jax.Array  # [] max_r D_r, the bound as priced
 
 
+@shows()
 class MajorizedDescentState(NamedTuple):
     """State of `majorized_descent`. Shapes are those of the graph's state x."""
 
@@ -245,7 +249,7 @@ def _step(
         rows=state.rows,
         prices=here.rows,
         descent_gradient=free,
-        scaled_norm=jnp.where(accepted, jnp.vdot(scaled, free), 0),
+        scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
         stalled=stalled,
@@ -262,20 +266,20 @@ def _scaled(here: Here, free: jax.Array, prices: jax.Array, metric: Metric | Non
     apply = metric.precondition(here.objective, here.x, prices, ~here.held)
     scaled = jnp.where(here.held, 0, apply(free))
     # where curvature is negative a metric built from it need not descend
-    return jnp.where(jnp.vdot(scaled, free) > 0, scaled, divided)
+    return jnp.where(vdot(scaled, free) > 0, scaled, divided)
 
 
 def _direction(
     here: Here, state: MajorizedDescentState, gradient: jax.Array, scaled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
-    steepest = jnp.vdot(scaled, gradient)
+    steepest = vdot(scaled, gradient)
     known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
-    change = jnp.vdot(scaled, gradient - state.descent_gradient)
+    change = vdot(scaled, gradient - state.descent_gradient)
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled
     direction = jnp.where(here.box.blocks(here.x, direction), 0, direction)
-    descends = jnp.vdot(direction, gradient) <= -SUFFICIENT_ANGLE * steepest
+    descends = vdot(direction, gradient) <= -SUFFICIENT_ANGLE * steepest
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
@@ -283,7 +287,7 @@ def _length(here: Here, gradient: jax.Array, direction: jax.Array, prices: jax.A
     """Minimizer of the quadratic model along the direction."""
     measured = directional_curvature(here.objective.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
-    measured += jnp.vdot((prices - here.rows) * direction, direction)
-    majorized = jnp.vdot(prices * direction, direction)
+    measured += vdot((prices - here.rows) * direction, direction)
+    majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
-    return -jnp.vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
+    return -vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)

@@ -6,6 +6,7 @@ On vector nodes [n, d] the built-in families act on each coordinate and sum.
 """
 
 import abc
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -274,6 +275,25 @@ class DampedGateBenefit(EdgeFamily):
         return -opened * self.damping * scale * self.delta
 
 
+def _check_arity(name: str, fn: Callable[..., Any] | None, has_params: bool) -> None:
+    """Raise unless a function can be called with two node states, and parameters where given."""
+    if fn is None:
+        return
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        # some callables of C do not tell
+        return
+    needed = ("x_i", "x_j", "p") if has_params else ("x_i", "x_j")
+    try:
+        signature.bind(*needed)
+    except TypeError as error:
+        why = "with params" if has_params else "without params"
+        raise TypeError(
+            f"{name} is called as {name}({', '.join(needed)}) {why}, and takes {signature}"
+        ) from error
+
+
 class PairTerm(EdgeFamily):
     """Edges of any pure function of two node states.
 
@@ -288,8 +308,9 @@ class PairTerm(EdgeFamily):
         as the hinges are. Without it, curvature that jumps is seen only where x is.
 
     Raises:
-      TypeError: `fn` or `gap` is not callable.
-      ValueError: as for every family; or a leaf of `params` without the leading axis E.
+      TypeError: `fn` or `gap` is not callable, or not with these arguments.
+      ValueError: as for every family; a leaf of `params` without the leading axis E; or, where it
+        is used, a `fn` or `gap` that does not give a scalar.
 
     >>> term = PairTerm(lambda a, b: jnp.cosh(a - b) - 1, i=[0], j=[1], weight=2.0)
     >>> term.num_edges
@@ -324,6 +345,8 @@ class PairTerm(EdgeFamily):
         self.fn, self.hinge = fn, gap
         self.i, self.j, self.weight = _edges(i, j, weight)
         self.params = jax.tree.map(jnp.asarray, params)
+        _check_arity("fn", fn, params is not None)
+        _check_arity("gap", gap, params is not None)
         for leaf in jax.tree.leaves(self.params):
             if leaf.shape[:1] != self.i.shape:
                 raise ValueError(
@@ -332,7 +355,14 @@ class PairTerm(EdgeFamily):
                 )
 
     def _of(self, fn: Callable[..., jax.Array], x_i: jax.Array, x_j: jax.Array) -> jax.Array:
-        return fn(x_i, x_j) if self.params is None else fn(x_i, x_j, self.params)
+        value = fn(x_i, x_j) if self.params is None else fn(x_i, x_j, self.params)
+        if jnp.shape(value) != ():
+            name = "gap" if fn is self.hinge else "fn"
+            raise ValueError(
+                f"{name} must give a scalar, got shape {jnp.shape(value)} of two nodes of shape "
+                f"{x_i.shape}: sum over the coordinates"
+            )
+        return value
 
     def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array | None:
         return None if self.hinge is None else self._of(self.hinge, x_i, x_j)

@@ -69,6 +69,11 @@ class EnergyGraph(eqx.Module):
         self.local = _as_tuple(local)
         self.edges = _as_tuple(edges)
         for energy in self.local:
+            if isinstance(energy, EdgeFamily):
+                raise TypeError(
+                    f"local is the edge family {type(energy).__name__}: the order is "
+                    "EnergyGraph(local, edges), with None where there is no local energy"
+                )
             if not isinstance(energy, LocalEnergy):
                 raise TypeError(
                     "local must be callable and have majorizer_diagonal, "

@@ -131,6 +131,9 @@ def loop(run: Run, first: Iterate, limit: jax.Array, capacity: int) -> Path:
     energies = jnp.zeros(capacity + 1, first.x.dtype).at[0].set(first.here.value)
     kept = jax.eval_shape(run.record, first.state)
     history = jax.tree.map(lambda a: jnp.zeros((capacity, *a.shape), a.dtype), kept)
+    if not capacity:
+        # nothing could be written into an empty history, not even in a step that is never made
+        return Path(first, energies, history)
 
     def going(path: Path) -> jax.Array:
         return ~path.end.ended & (path.end.steps < limit)

@@ -24,13 +24,14 @@ class Landau(eqx.Module):
     r"""Local energies $\sum_r a_r (x_r - t_r)^2 + b_r (x_r - t_r)^4$ (seed 000's local term).
 
     Args:
-      a: quadratic coefficients, float [n] (or [n, d] for vector nodes). May be negative: with
-        b > 0 that is a double well.
+      a: quadratic coefficients, float [n] (or [n, d] for vector nodes) or scalar. May be negative:
+        with b > 0 that is a double well.
       b: quartic coefficients, float [n] or scalar, non-negative.
-      target: t, float [n] or scalar.
+      target: t, float [n] or scalar. One of the three must be an array, which tells n.
 
     Raises:
-      ValueError: a coefficient that is not finite, negative b, or shapes that do not match `a`.
+      ValueError: a coefficient that is not finite, negative b, shapes that do not match, or scalars
+        alone.
 
     >>> Landau(a=[0.25, 0.5], b=0.25)(jnp.array([1.0, 0.0])).item()
     0.5
@@ -41,20 +42,20 @@ class Landau(eqx.Module):
     target: jax.Array
 
     def __init__(self, a: Numbers, b: Numbers = 0.0, target: Numbers = 0.0) -> None:
-        self.a = as_float("a", a)
-        if self.a.ndim not in (1, 2):
-            raise ValueError(f"a must have shape [n] or [n, d], got {self.a.shape}")
-        self.b = self._like_a("b", b)
-        self.target = self._like_a("target", target)
+        given = {"a": as_float("a", a), "b": as_float("b", b), "target": as_float("target", target)}
+        shape = next((array.shape for array in given.values() if array.ndim), ())
+        if len(shape) not in (1, 2):
+            raise ValueError(
+                "a, b or target must have shape [n] or [n, d], to tell the number of nodes; got "
+                + ", ".join(str(array.shape) for array in given.values())
+            )
+        for name, array in given.items():
+            if array.shape not in ((), shape):
+                raise ValueError(f"{name} has shape {array.shape}, expected () or {shape}")
+        self.a, self.b, self.target = (broadcast(array, shape) for array in given.values())
         check_finite("a", self.a)
         check_finite("b", self.b, low=0.0)
         check_finite("target", self.target)
-
-    def _like_a(self, name: str, value: Numbers) -> jax.Array:
-        array = as_float(name, value)
-        if array.shape not in ((), self.a.shape):
-            raise ValueError(f"{name} has shape {array.shape}, expected () or {self.a.shape}")
-        return broadcast(array, self.a.shape)
 
     @property
     def num_nodes(self) -> int:

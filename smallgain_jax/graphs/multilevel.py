@@ -29,6 +29,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import is_concrete
+from smallgain_jax._tree import matmul
 from smallgain_jax.graphs.aggregation import (
     Coupled,
     Merged,
@@ -235,7 +236,7 @@ class Cycle(eqx.Module):
     ) -> jax.Array:
         level, operator = self.hierarchy.levels[depth], operators[depth]
         if level.node is None:
-            return factor.T @ (factor @ residual)
+            return matmul(factor.T, matmul(factor, residual))
         z, left = _smooth(level, operator, residual)
         found = self._visit(depth + 1, operators, factor, _sums(level.members, left))
         # the coarser problem is one of free nodes: an aggregate moves those of its members

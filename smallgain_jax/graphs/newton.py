@@ -23,6 +23,8 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import cast_like, float_dtype
+from smallgain_jax._show import shows
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import Evaluation
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.graphs.step import Here, prices_of, searched
@@ -38,6 +40,7 @@ STRAIGHT = 1e-3
 BACKTRACKS = 40
 
 
+@shows()
 class NewtonInfo(NamedTuple):
     """What a reader of one step may want to know."""
 
@@ -48,6 +51,7 @@ class NewtonInfo(NamedTuple):
     total_backtracks: jax.Array  # [] int32
 
 
+@shows()
 class NewtonState(NamedTuple):
     """State of `truncated_newton`. Shapes are those of x."""
 
@@ -118,13 +122,13 @@ def _step(here: Here, state: NewtonState) -> tuple[jax.Array, NewtonState]:
     priced = projected_step(here.x, here.gradient, prices, here.box)
     going = (here.x + priced <= here.box.lower) | (here.x + priced >= here.box.upper)
     inside = jnp.where(going, 0, here.gradient)
-    norm = jnp.sqrt(jnp.vdot(inside, inside / prices))
+    norm = jnp.sqrt(vdot(inside, inside / prices))
 
     known = state.norm > 0
     precision = jnp.minimum(0.5, jnp.where(known, norm / jnp.where(known, state.norm, 1), 1))
     newton, products = _newton(here, priced, going, prices, jnp.where(state.plain, 1, precision))
     newton = jnp.where(here.box.blocks(here.x, newton), 0, newton)
-    slope, steepest = (jnp.vdot(move, here.gradient) for move in (newton, priced))
+    slope, steepest = (vdot(move, here.gradient) for move in (newton, priced))
     descends = ~state.plain & (slope <= LEAST_ANGLE * steepest)
     search = searched(here, jnp.where(descends, newton, priced), BACKTRACKS)
 
@@ -176,7 +180,7 @@ def _newton(
     left = jnp.where(going, priced, 0)
     right = jnp.where(going, 0, -here.gradient - product(left))
     start = right / prices
-    first = jnp.vdot(right, start)
+    first = vdot(right, start)
     limit = 2 * here.x.size + 10
     eps = jnp.finfo(here.x.dtype).eps
 
@@ -185,15 +189,15 @@ def _newton(
 
     def step(c: _Inner) -> _Inner:
         image = jnp.where(going, 0, product(c.direction))
-        bend = jnp.vdot(c.direction, image)
-        majorized = jnp.vdot(c.direction, prices * c.direction)
+        bend = vdot(c.direction, image)
+        majorized = vdot(c.direction, prices * c.direction)
         convex = bend > eps * majorized
         # where it bends down, as far as if it bent up; and not without end where it is straight
         bend = jnp.where(convex, bend, jnp.maximum(jnp.abs(bend), STRAIGHT * majorized))
         length = c.norm / jnp.where(bend > 0, bend, 1)
         residual = c.residual - length * image
         scaled = residual / prices
-        norm = jnp.vdot(residual, scaled)
+        norm = vdot(residual, scaled)
         direction = scaled + (norm / c.norm) * c.direction
         return _Inner(
             c.solution + length * c.direction, residual, direction, norm, c.products + 1, convex

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.weights import Snapshot, scaled
 from smallgain_jax.search.box import Box
@@ -53,7 +54,7 @@ class Place(eqx.Module):
 
     def adapted_energy(self, weights: jax.Array) -> jax.Array:
         """F(x; w) at the parameters."""
-        return self.local_energy + jnp.vdot(weights, self.snapshot.term_energies)
+        return self.local_energy + vdot(weights, self.snapshot.term_energies)
 
     def declared_energy(self, weights: jax.Array) -> jax.Array:
         """The declared objective at the parameters."""
@@ -151,14 +152,15 @@ def propose(
         rows = here.rows(weights)
         # rows without curvature have no limit of their own; Armijo settles them
         rows = jnp.maximum(rows, 1e-6 * jnp.max(rows, initial=0.0))
-        gained = gained * here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target)
+        # the quotient first: gradient times target leaves float32 in small units of the energy
+        gained = gained * (here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target))
     gained = jnp.where(here.finite, gained, 0).astype(dtype)
     move, base_state = base.update(gained, base_state, params, **extra_args)
     move = here.box.project(x + move.astype(x.dtype)) - x
     gradient, declared_rows = here.declared(weights)
     factor = jnp.ones((), x.dtype)
     if settings.guard is not None:
-        bend = jnp.vdot(declared_rows * move, move)
+        bend = vdot(declared_rows * move, move)
         if settings.guard == "measured":
             measured = directional_curvature(partial(here.energy, weights), x, move)
             # negative or vanishing curvature promises nothing: fall back on the bound
@@ -169,7 +171,7 @@ def propose(
         move=move,
         base_state=base_state,
         reached=here.energy(weights, x + move),
-        slope=jnp.vdot(gradient, move),
+        slope=vdot(gradient, move),
         cosine=cosine(move, -gradient),
         guard=factor,
     )

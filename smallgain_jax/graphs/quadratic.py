@@ -14,12 +14,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
+from smallgain_jax._show import shows
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.multilevel import Hierarchy
 
 
+@shows()
 class QuadraticResult(NamedTuple):
     """Outcome of `conjugate_gradients`."""
 
@@ -114,16 +117,16 @@ def _conjugate_gradients(
 
     def step(carry: _Carry) -> _Carry:
         bent = product(carry.move)
-        curvature = jnp.vdot(carry.move, bent)
+        curvature = vdot(carry.move, bent)
         # a linear reward on a node that nothing bends has no minimum: stay
         length = jnp.where(curvature > 0, carry.slope / jnp.where(curvature > 0, curvature, 1), 0)
         x, gradient = carry.x - length * carry.move, carry.gradient - length * bent
         z = precondition(gradient)
-        slope = jnp.where(curvature > 0, jnp.vdot(gradient, z), 0)
+        slope = jnp.where(curvature > 0, vdot(gradient, z), 0)
         return _Carry(x, gradient, z + slope / carry.slope * carry.move, slope, carry.steps + 1)
 
     z = precondition(gradient)
-    start = _Carry(x0, gradient, z, jnp.vdot(gradient, z), jnp.zeros((), jnp.int32))
+    start = _Carry(x0, gradient, z, vdot(gradient, z), jnp.zeros((), jnp.int32))
     end = jax.lax.while_loop(searching, step, start)
     left = jnp.max(jnp.abs(end.gradient), initial=0.0)
     return QuadraticResult(end.x, end.steps, left, left <= wanted)

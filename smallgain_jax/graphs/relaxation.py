@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from smallgain_jax._checks import check_optimizer, is_concrete
+from smallgain_jax._show import shows
 from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import AdjointReport, Solution, minimizer, minimum, reported
@@ -29,6 +30,7 @@ from smallgain_jax.search.stopping import (
 ADJOINTS = ("implicit", "unrolled")
 
 
+@shows()
 class RelaxInfo(NamedTuple):
     """What happened during a relaxation."""
 
@@ -39,6 +41,7 @@ class RelaxInfo(NamedTuple):
     history: Any  # what `record` took from the optimizer's state, each leaf [steps, ...]
 
 
+@shows(curve="energy")
 class RelaxResult(NamedTuple):
     """Outcome of `relax`."""
 

@@ -20,10 +20,11 @@ from smallgain_jax._checks import (
     check_target,
     float_dtype,
 )
-from smallgain_jax._tree import select
+from smallgain_jax._show import shows
+from smallgain_jax._tree import select, vdot
 from smallgain_jax.graphs.graph import EnergyGraph, alike
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
-from smallgain_jax.graphs.weights import Move, Rule, scaled, unspent
+from smallgain_jax.graphs.weights import Move, Rule, scaled, term_norms, unspent
 from smallgain_jax.limits.probe import measured_limit
 from smallgain_jax.search.armijo import Search, Trial, armijo
 
@@ -33,6 +34,7 @@ AGREEMENT = 0.99
 """Smallest cosine, in D's metric, between the reweighted gradient and the reference one."""
 
 
+@shows()
 class SmallGainInfo(NamedTuple):
     """What a reader of one update wants to know; `telemetry` turns it into columns.
 
@@ -59,6 +61,7 @@ class SmallGainInfo(NamedTuple):
     total_backtracks: jax.Array  # [] int32
 
 
+@shows(bars="weights")
 class SmallGainState(NamedTuple):
     """State of `small_gain`, `gradnorm` and `auto_cap`. K terms."""
 
@@ -262,7 +265,7 @@ def _anchor(here: Place, decided: Move) -> jax.Array:
     short = climb > jnp.maximum(free, 0)
     part = jnp.where(short, jnp.maximum(free, 0) / jnp.where(short, climb, 1), 1)
     fraction = jnp.min(part, initial=1.0)
-    everything = jnp.vdot(here.dearest, 1 - low)
+    everything = vdot(here.dearest, 1 - low)
     short = everything > decided.most_global
     limited = jnp.where(short, decided.most_global, 1) / jnp.where(short, everything, 1)
     return low + jnp.minimum(fraction, limited) * (1 - low)
@@ -276,6 +279,9 @@ def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.
     """
     rows = here.snapshot.curvature.row_sums
     root = jnp.sqrt(jnp.where(rows > 0, rows, 1))
+    # in the unit of the largest entry, since fourth powers follow
+    largest = jnp.max(jnp.abs(here.snapshot.gradient / root), initial=0.0)
+    root = root * jnp.where(largest > 0, largest, 1)
 
     def of(change: jax.Array) -> jax.Array:
         return here.graph.scatter(scaled(change, here.snapshot.term_gradients)) / root
@@ -284,8 +290,8 @@ def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.
     start, change = plain + of(anchor - 1), of(weights - anchor)
     fractions = jnp.append(0.5 ** jnp.arange(8, dtype=weights.dtype), 0)
     # |s + f c| and <s + f c, p> are polynomials in f: a few inner products serve all fractions
-    pp, sp, cp = (jnp.vdot(plain, other) for other in (plain, start, change))
-    ss, sc, cc = jnp.vdot(start, start), jnp.vdot(start, change), jnp.vdot(change, change)
+    pp, sp, cp = (vdot(plain, other) for other in (plain, start, change))
+    ss, sc, cc = vdot(start, start), vdot(start, change), vdot(change, change)
     norms = jnp.sqrt(jnp.maximum(pp * (ss + 2 * fractions * sc + fractions**2 * cc), 0))
     agrees = (sp + fractions * cp >= AGREEMENT * norms).at[-1].set(True)
     return anchor + fractions[jnp.argmax(agrees)] * (weights - anchor)
@@ -323,9 +329,9 @@ def _report(
         margin_rows=margin,
         margin_global=jnp.min(margin, initial=jnp.finfo(margin.dtype).max),
         spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
-        spent_global=jnp.vdot(here.dearest, raised),
+        spent_global=vdot(here.dearest, raised),
         cost=here.dearest,
-        gradient_norms=_norms(here.snapshot.term_gradients),
+        gradient_norms=term_norms(here.snapshot.term_gradients),
         hinge_activity=here.graph.hinge_activity(here.snapshot.x, settings.smoothing),
         guard=chosen.guard,
         cosine=chosen.cosine,
@@ -334,8 +340,3 @@ def _report(
         last_step_backtracks=search.backtracks,
         total_backtracks=before.total_backtracks + search.backtracks,
     )
-
-
-def _norms(term_gradients: jax.Array) -> jax.Array:
-    """Euclidean norm [K] of each term's gradient, [K, 2] or [K, 2, d]."""
-    return jnp.sqrt(jnp.sum(term_gradients**2, axis=tuple(range(1, term_gradients.ndim))))

@@ -75,9 +75,9 @@ def graph_small_gain(
         L itself, so that only shares move.
       target: c in (0, 1), the fraction of the limit to use.
       policy: "greedy" or "fair", of `allocate`.
-      value: "alignment" for <grad F(x; 1), grad e_k>; "grad_norm" for ||grad e_k||^2 (the seeds'
-        proxy, which depends on the units of a term); or "peek", the measured decrease, for at most
-        5 % of the terms (16 at most) every 10 steps.
+      value: "alignment" for <grad F(x; 1), grad e_k>; "grad_norm" for ||grad e_k||^2 (the design
+        note's proxy, which depends on the units of a term); or "peek", the measured decrease,
+        for at most 5 % of the terms (16 at most) every 10 steps.
       objective: "reference" or "adapted".
       every: allocate at every so many updates, static.
       budget_fraction: rho in [0, 1].

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.armijo import Search, Trial, armijo
 from smallgain_jax.search.box import Box
@@ -48,7 +49,7 @@ def searched(here: Here, move: jax.Array, max_backtracks: int) -> Search:
         finite = jnp.all(jnp.isfinite(reached.gradient))
         reached = reached._replace(value=jnp.where(finite, reached.value, jnp.inf))
         moved = candidate - here.x
-        slope, end_slope = (jnp.vdot(g, moved) for g in (here.gradient, reached.gradient))
+        slope, end_slope = (vdot(g, moved) for g in (here.gradient, reached.gradient))
         return Trial(reached.value, slope, (moved, reached), end_slope)
 
     eps = jnp.finfo(here.value.dtype).eps

@@ -75,7 +75,8 @@ def allocation_rule(
         price = jnp.sum(cost, axis=1)
         # linear terms cost nothing; a floor keeps their scores finite
         price = jnp.maximum(price, 1e-6 * jnp.max(price, initial=0.0))
-        price = jnp.where(price > 0, price, 1)
+        # in units of the bound on the curvature, as the worth: squares leave float32 otherwise
+        price = jnp.where(price > 0, price, 1) / _unit(snapshot)
         worth, known = measure(graph, snapshot, weights)
         fresh = jnp.where(snapshot.count == 0, 1, ema)
         scores = jnp.where(known, fresh * worth / price + (1 - fresh) * scores, scores)
@@ -134,7 +135,7 @@ def gradnorm_rule(
     """Pull gradient norms together; the arguments are those of `gradnorm`."""
 
     def rule(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
-        norms = weights * jnp.sqrt(_squared_norms(snapshot.term_gradients))
+        norms = weights * term_norms(snapshot.term_gradients)
         size = jnp.abs(snapshot.term_energies)
         lag = size / jnp.maximum(jnp.mean(size), jnp.finfo(size.dtype).tiny)
         aim = target_norm * jnp.mean(norms) * lag**alpha
@@ -165,8 +166,22 @@ def scaled(values: jax.Array, pairs: jax.Array) -> jax.Array:
     return values.reshape(-1, *(1,) * (pairs.ndim - 1)) * pairs
 
 
-def _squared_norms(term_gradients: jax.Array) -> jax.Array:
-    return jnp.sum(term_gradients**2, axis=tuple(range(1, term_gradients.ndim)))
+def term_norms(term_gradients: jax.Array) -> jax.Array:
+    """Euclidean norm [K] of each term's gradient, [K, 2] or [K, 2, d]."""
+    top = jnp.max(jnp.abs(term_gradients), initial=0.0)
+    unit = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+    return unit * jnp.sqrt(_over_ends((term_gradients / unit) ** 2))
+
+
+def _over_ends(values: jax.Array) -> jax.Array:
+    """Sum over all axes [K, 2, ...] but the first."""
+    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+
+
+def _unit(snapshot: Snapshot) -> jax.Array:
+    """The bound on the curvature, or 1 where there is none, which energies are measured in."""
+    lipschitz = snapshot.curvature.lipschitz
+    return jnp.where((lipschitz > 0) & jnp.isfinite(lipschitz), lipschitz, 1)
 
 
 def _rows_and_cost(graph: EnergyGraph, snapshot: Snapshot) -> tuple[jax.Array, jax.Array]:
@@ -177,13 +192,13 @@ def _rows_and_cost(graph: EnergyGraph, snapshot: Snapshot) -> tuple[jax.Array, j
     return rows, snapshot.curvature.edge_cost.reshape(-1, 2 * width)
 
 
-# Values: (graph, snapshot, weights) -> (value [K], whether it is known now [K])
+# Values: (graph, snapshot, weights) -> (value [K] over `_unit`, whether it is known now [K])
 
 
 def _grad_norm_value(
     graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    value = _squared_norms(snapshot.term_gradients)
+    value = _over_ends((snapshot.term_gradients / jnp.sqrt(_unit(snapshot))) ** 2)
     return value, jnp.ones(value.shape, bool)
 
 
@@ -191,7 +206,8 @@ def _alignment_value(
     graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     ends = jnp.stack([snapshot.gradient[graph.i], snapshot.gradient[graph.j]], axis=1)
-    value = jnp.sum(ends * snapshot.term_gradients, axis=tuple(range(1, ends.ndim)))
+    root = jnp.sqrt(_unit(snapshot))
+    value = _over_ends((ends / root) * (snapshot.term_gradients / root))
     return value, jnp.ones(value.shape, bool)
 
 
@@ -208,8 +224,7 @@ def _peek_value(
     if num_terms == 0:
         return weights, jnp.ones(0, bool)
     few = min(max(1, int(PEEK_SHARE * num_terms)), PEEK_MOST)
-    lipschitz = snapshot.curvature.lipschitz
-    step = 1 / jnp.where(lipschitz > 0, lipschitz, 1)
+    step = 1 / _unit(snapshot)
     nudge = jnp.asarray(jnp.finfo(weights.dtype).eps ** (1 / 3), weights.dtype)
     mixed = graph.scatter(scaled(weights - 1, snapshot.term_gradients))
     at = snapshot.x - step * (snapshot.gradient + mixed)
@@ -217,10 +232,11 @@ def _peek_value(
     chosen = (turn * few + jnp.arange(few)) % num_terms
 
     def measure(k: jax.Array) -> jax.Array:
-        moved = step * nudge * snapshot.term_gradients[k]
+        moved = nudge * (step * snapshot.term_gradients[k])
         up = at.at[graph.i[k]].add(-moved[0]).at[graph.j[k]].add(-moved[1])
         down = at.at[graph.i[k]].add(moved[0]).at[graph.j[k]].add(moved[1])
-        return (graph.energy(down) - graph.energy(up)) / (2 * nudge * step)
+        # per unit of weight and of step, over the unit, which is one over the step
+        return (graph.energy(down) - graph.energy(up)) / (2 * nudge)
 
     first_order, _ = _alignment_value(graph, snapshot, weights)
     start = snapshot.count == 0

@@ -48,6 +48,14 @@ class Slots(NamedTuple):
     even: list[tuple[int, int]]
 
 
+class Present(NamedTuple):
+    """Each kind of leaf at the settings of a run."""
+
+    limit: Any  # [kinds] in the metric
+    unit: Any  # [kinds] P times the answer to a gradient
+    fading: list[Any]  # [] of each leaf of the copy's state: factor by update, if even
+
+
 class Findings(NamedTuple):
     """What the experiment says of each representative leaf."""
 
@@ -58,6 +66,7 @@ class Findings(NamedTuple):
     powers: list[float]  # of the even parts in the metric; 0 for the identity
     scale: float  # of the gradients at which answers are taken
     limits: np.ndarray  # [counts, kinds] in the metric; inf where nothing moves, NaN if traced
+    always: Present | None  # in double precision; None where a state may hold other settings
 
 
 def experiment(copy: Copy, own_types: frozenset[type]) -> Findings:
@@ -76,10 +85,13 @@ def experiment(copy: Copy, own_types: frozenset[type]) -> Findings:
     scale = 1.0 if memory.noisy else TINY
     bases = [_rest(state, roles) for state in memory.later]
     moves, powers = _judge(bench, bases, roles, memory.slots, scale)
-    limits = np.full((len(COUNTS), len(moves)), np.nan)
+    limits, always = np.full((len(COUNTS), len(moves)), np.nan), None
     if not copy.traced:
-        limits = _limits(bench, bases, memory.slots, moves, powers, scale)
-    return Findings(roles, bases[0], memory.slots, moves, powers, scale, limits)
+        by_count = _limits(bench, bases, roles, memory.slots, moves, powers, scale)
+        limits = np.stack([present.limit for present in by_count])
+        if "setting" not in roles:
+            always = by_count[0]
+    return Findings(roles, bases[0], memory.slots, moves, powers, scale, limits, always)
 
 
 class _Row(NamedTuple):
@@ -437,12 +449,13 @@ def systems(
 def _limits(
     bench: _Bench,
     bases: list[list[Any]],
+    roles: list[str],
     slots: list[Slots],
     moves: list[bool],
     powers: list[float],
     scale: float,
-) -> np.ndarray:
-    """Limits in the metric [counts, representatives], each checked by eigenvalues."""
+) -> list[Present]:
+    """What holds at each count, every limit checked by eigenvalues."""
     rows = []
     for base in bases:
         for row in seeds(slots, base, bench.fill(0.0), scale):
@@ -450,20 +463,46 @@ def _limits(
             rows.append(row._replace(gradients=first))
     each = len(rows) // len(bases)
     answers, states = bench.run(rows)
-    found = np.full((len(bases), len(slots)), np.inf)
+    found = []
     for c in range(len(bases)):
         here = slice(each * c, each * (c + 1))
         first = [u[here, 0] for u in answers]
         after = [s if _is_opaque(s) else np.asarray(s[here, 0], np.float64) for s in states]
-        found_here = systems(first, after, slots, scale, np)
+        system = systems(first, after, slots, scale, np)
+        limits = [first_unstable(*pair, np) for pair in zip(*system[:2], strict=True)]
         for k in np.flatnonzero(moves):
-            drift, drive, moment = (part[k] for part in found_here)
-            limit = first_unstable(drift, drive, np)
-            _check(drift, drive, limit)
-            found[c, k] = limit / moment ** powers[k]
-    if not np.all(np.isfinite(found).any(axis=0)[moves]):
+            _check(system.drift[k], system.drive[k], limits[k])
+        found.append(present_of(system, np.stack(limits), after, roles, moves, powers, np))
+    finite = np.stack([np.isfinite(present.limit) for present in found])
+    if not np.all(np.any(finite, axis=0)[np.asarray(moves)]):
         raise NoLimitError("no curvature makes it unstable")
     return found
+
+
+def present_of(
+    system: System,
+    limits: Any,
+    after: list[Any],
+    roles: list[str],
+    moves: list[bool],
+    powers: list[float],
+    xp: Any,
+) -> Present:
+    """The answers to `seeds`, in the optimizer's metric.
+
+    Args:
+      system, limits: of each kind; the limits with second moments as they are in `after`.
+      after: the state after one update, with the seeds as a leading axis.
+      roles, moves, powers: as in `Findings`.
+      xp: `jax.numpy` or `numpy`.
+    """
+    metric = system.moment ** np.asarray(powers, system.moment.dtype)
+    limits = xp.where(np.asarray(moves), limits / metric, xp.inf)
+    fading = [
+        xp.reshape(leaf[0], -1)[0] / SETTLED if role == "even" else xp.ones(())
+        for leaf, role in zip(after, roles, strict=True)
+    ]
+    return Present(limits, -metric * system.drive[:, 0], fading)
 
 
 def _check(drift: np.ndarray, drive: np.ndarray, limit: float) -> None:

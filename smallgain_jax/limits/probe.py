@@ -15,6 +15,7 @@ answers half as much has twice the P.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +38,14 @@ from smallgain_jax.limits.copies import (
     without,
 )
 from smallgain_jax.limits.crossing import first_unstable
-from smallgain_jax.limits.experiment import SETTLED, Findings, experiment, seeds, systems
+from smallgain_jax.limits.experiment import (
+    Findings,
+    Present,
+    experiment,
+    present_of,
+    seeds,
+    systems,
+)
 
 _FAINT = 1e-13
 """A gradient too small to add to any second moment that counts."""
@@ -46,12 +54,7 @@ _ASLEEP = 2.0
 _KEPT = 64
 
 
-class _Present(NamedTuple):
-    """Each kind of leaf at the settings of a run."""
-
-    limit: jax.Array  # [kinds] in the metric
-    unit: jax.Array  # [kinds] P times the answer to a gradient
-    fading: list[jax.Array]  # [] of each leaf of the copy's state: factor by update, if even
+_first_unstable = jax.jit(jax.vmap(first_unstable))
 
 
 class _Metric(NamedTuple):
@@ -72,23 +75,19 @@ class _Known:
     paths: tuple[str, ...]  # of the whole state's leaves
     twins: tuple[int | None, ...]  # of each: the leaf of the copy's state that is computed alike
 
-    def present(self, leaves: dict[str, Any]) -> _Present:
+    def present(self, leaves: dict[str, Any]) -> Present:
         """Every kind of leaf at the settings of a run, second moments settled."""
         found = self.findings
+        if found.always is not None:
+            return jax.tree.map(partial(jnp.asarray, dtype=jnp.result_type(float)), found.always)
         state = self._copied(leaves, "setting")
         still = [np.zeros(leaf.shape, leaf.dtype) for leaf in self.copy.shapes]
         moves, after = self._answers(seeds(found.slots, state, still, found.scale))
-        drift, drive, moment = systems(moves, after, found.slots, found.scale, jnp)
-        metric = moment ** np.asarray(found.powers, moment.dtype)
-        limit = jax.vmap(first_unstable)(drift, drive) / metric
-        limit = jnp.where(np.asarray(found.moves), limit, jnp.inf)
-        faded = [
-            jnp.reshape(leaf[0], -1)[0] / SETTLED if role == "even" else jnp.ones(())
-            for leaf, role in zip(after, found.roles, strict=True)
-        ]
-        return _Present(limit, -metric * drive[:, 0], faded)
+        system = systems(moves, after, found.slots, found.scale, jnp)
+        limits = _first_unstable(*system[:2])
+        return present_of(system, limits, after, found.roles, found.moves, found.powers, jnp)
 
-    def _metric(self, now: _Present, leaves: dict[str, Any]) -> _Metric:
+    def _metric(self, now: Present, leaves: dict[str, Any]) -> _Metric:
         """P from answers at second moments of 0: its floor, and the first moment's bias."""
         state = self._copied(leaves, "setting")
         still = [np.zeros(leaf.shape, leaf.dtype) for leaf in self.copy.shapes]
@@ -113,12 +112,11 @@ class _Known:
         bias = jnp.where(linear, jnp.maximum(young / usable, 1), 1)
         return _Metric(now.unit * bias, floor)
 
-    def inverse_root(self, base_state: Any, params: Any) -> Any:
+    def inverse_root(self, base_state: Any, params: Any, now: Present) -> Any:
         leaves: list[Any]
         treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         by_path = self.leaves(base_state)
-        now = self.present(by_path)
         live = jnp.isfinite(now.limit)
         # at a rate of 0, now, nothing moves
         least = jnp.min(jnp.where(live, now.limit, jnp.finfo(now.limit.dtype).max))
@@ -237,21 +235,27 @@ class Probe:
     why: str
     details: _Known | None = None
 
-    def limit(self, base_state: Any) -> jax.Array:
+    def present(self, base_state: Any) -> Present | None:
+        """What `limit` and `inverse_root` both need, for a caller who asks for both."""
+        if self.details is None:
+            return None
+        return self.details.present(self.details.leaves(base_state))
+
+    def limit(self, base_state: Any, present: Present | None = None) -> jax.Array:
         """Curvature limit in the optimizer's metric at the settings of a state.
 
         Args:
           base_state: the optimizer's state. Schedules, injected hyperparameters and accumulations
             count as what they are at its next update; corrections of a bias count as faded.
+          present: `self.present(base_state)`, where it is at hand.
 
         Returns:
           The limit [], the smallest of all leaves; inf where it is not known or nothing moves.
         """
-        if self.details is None:
-            return jnp.asarray(jnp.inf)
-        return jnp.min(self.details.present(self.details.leaves(base_state)).limit)
+        now = present or self.present(base_state)
+        return jnp.asarray(jnp.inf) if now is None else jnp.min(now.limit)
 
-    def inverse_root(self, base_state: Any, params: Any) -> Any:
+    def inverse_root(self, base_state: Any, params: Any, present: Present | None = None) -> Any:
         r"""Entries of $P^{-1/2}$, with leaves of larger limits brought to the smallest.
 
         A leaf l whose own limit is $L_l$ counts with $P\, L_l / \min L$, so that the whole is
@@ -260,15 +264,17 @@ class Probe:
         Args:
           base_state: the optimizer's state.
           params: the parameters, or their shapes.
+          present: `self.present(base_state)`, where it is at hand.
 
         Returns:
           A pytree like params; of scalars where the metric is the identity. 0 where nothing moves:
           at frozen leaves, and where second moments are at eps or below ($P \le 2 \epsilon$). Never
           NaN or infinite.
         """
-        if self.details is None:
+        now = present or self.present(base_state)
+        if self.details is None or now is None:
             return jax.tree.map(lambda _: jnp.ones(()), params)
-        return self.details.inverse_root(base_state, params)
+        return self.details.inverse_root(base_state, params, now)
 
 
 _probes: dict[Any, Probe] = {}

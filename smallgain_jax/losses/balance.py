@@ -17,10 +17,12 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_finite
-from smallgain_jax._tree import HIGHEST, all_finite, select, stat_dtype, zero_count
+from smallgain_jax._show import shows
+from smallgain_jax._tree import all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.losses import Losses, terms
 
 
+@shows()
 class Balance(NamedTuple):
     """The gradients of K losses and their sum, divided by a power of two: it keeps squares in
     range and changes no digit."""
@@ -114,7 +116,7 @@ def cosine_matrix(term_grads: Any) -> jax.Array:
     rows = rows * _inverse_power_of_two(jnp.max(jnp.abs(rows), axis=1, initial=0.0))[:, None]
     norms = jnp.linalg.norm(rows, axis=1)
     rows = rows / jnp.where(norms > 0, norms, 1)[:, None]
-    cosines = jnp.clip(jnp.matmul(rows, rows.T, precision=HIGHEST), -1, 1)
+    cosines = jnp.clip(matmul(rows, rows.T), -1, 1)
     exact = jnp.where(norms > 0, 1.0, 0.0).astype(dtype)
     return jnp.where(jnp.eye(num_terms, dtype=bool), exact[:, None], cosines)
 
@@ -158,6 +160,7 @@ def balance_gradient(
     return balance.residual, gradient
 
 
+@shows()
 class BalanceInfo(NamedTuple):
     """What a reader of one update of `balance_flow` wants to know; zeros before the first."""
 
@@ -166,6 +169,7 @@ class BalanceInfo(NamedTuple):
     losses: jax.Array  # [K] their values there, unweighted
 
 
+@shows()
 class BalanceFlowState(NamedTuple):
     """State of `balance_flow`. K losses."""
 

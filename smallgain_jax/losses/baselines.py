@@ -16,12 +16,14 @@ from smallgain_jax._checks import (
     check_positive,
     check_target,
 )
+from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, select, stat_dtype, zero_count
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.prices import mixed
 from smallgain_jax.losses.small_gain import loss_small_gain
 
 
+@shows(bars="weights")
 class GradNormState(NamedTuple):
     """State of `loss_gradnorm`. K losses."""
 

@@ -12,16 +12,18 @@ left as it is: no reweighting, no harm, and a report.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from smallgain_jax._checks import is_concrete
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.prices import mixed
-from smallgain_jax.losses.state import Settings
+from smallgain_jax.losses.state import Settings, TrainingState
 
 FOREIGN = 0.05
 """Part of the updates that may be no multiple of the gradient: rounding, a little weight decay."""
@@ -162,6 +164,19 @@ def report(fit: Any, new: Any) -> None:
         "gradient of the sum by state.weights.",
         stacklevel=2,
     )
+
+
+def report_lost(state: TrainingState, reported: Collection[str]) -> set[str]:
+    """Warn once of a guard that is off, where the host holds a state whose numbers have arrived.
+
+    A callback would do it inside of a user's program, too, but slows down the start of each call.
+    """
+    lost: Any = state.watch.lost
+    arrived = is_concrete(lost) and getattr(lost, "is_ready", lambda: True)()
+    if "lost" in reported or not arrived or not np.all(lost):
+        return set()
+    report_missed(True)
+    return {"lost"}
 
 
 def report_missed(missed: Any) -> None:

@@ -8,6 +8,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import vdot
+
 UNROLLED = 8
 """Terms up to which each has a backward pass of its own."""
 
@@ -127,7 +129,7 @@ class Losses(eqx.Module):
                 raise ValueError(
                     f"weights has shape {weights.shape}, expected {values.shape}: one per loss"
                 )
-            return jnp.vdot(weights.astype(values.dtype), values), (values, aux)
+            return vdot(weights.astype(values.dtype), values), (values, aux)
 
         gradient, (values, aux) = jax.grad(total, has_aux=True)(params)
         return ((values, aux) if self.has_aux else values), gradient

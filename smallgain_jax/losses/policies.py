@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import matmul
 from smallgain_jax.allocation.knapsack import allocate
 from smallgain_jax.limits.closed_forms import row_budgets
 from smallgain_jax.losses.prices import Prices
@@ -42,7 +43,7 @@ def _fair(settings: Settings, state: TrainingState, prices: Prices) -> jax.Array
     lower = jnp.full(num_terms, settings.floor, cost.dtype)
     upper = jnp.full(num_terms, settings.ceiling, cost.dtype)
     # shares of what the reference weights cost: no common factor, only ratios, move
-    budget = jnp.sum(cost, axis=0) - lower @ cost
+    budget = jnp.sum(cost, axis=0) - matmul(lower, cost)
     shares = _spend(settings, cost)(
         jnp.asarray(given, cost.dtype),
         lower=lower,
@@ -68,12 +69,12 @@ def _greedy(
     upper = jnp.minimum(settings.ceiling, (1 + settings.max_step_change) * weights)
     upper = jnp.maximum(upper, lower)
     if scale_free:
-        budget = jnp.maximum(jnp.sum(prices.cost, axis=0) - lower @ prices.cost, 0)
+        budget = jnp.maximum(jnp.sum(prices.cost, axis=0) - matmul(lower, prices.cost), 0)
     else:
         # the sum over terms over-counts the sharpness of the sum
-        claimed = weights @ prices.cost
+        claimed = matmul(weights, prices.cost)
         true_share = prices.row_sharpness / jnp.where(claimed > 0, claimed, 1)
-        at_lower = true_share * (lower @ prices.cost)
+        at_lower = true_share * (matmul(lower, prices.cost))
         target = settings.target * prices.limit
         budget = row_budgets(target, at_lower, settings.budget_fraction)
         budget = budget / jnp.where(true_share > 0, true_share, 1)
@@ -88,7 +89,7 @@ def _grad_norm(stacked: jax.Array) -> jax.Array:
 
 
 def _alignment(stacked: jax.Array) -> jax.Array:
-    return jnp.real(stacked @ jnp.conj(jnp.sum(stacked, axis=0)))
+    return jnp.real(matmul(stacked, jnp.conj(jnp.sum(stacked, axis=0))))
 
 
 WORTHS: dict[str, Callable[[jax.Array], jax.Array]] = {

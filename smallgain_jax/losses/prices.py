@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._tree import HIGHEST
 from smallgain_jax.losses.losses import Batch, Losses
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
 from smallgain_jax.losses.state import Settings, TrainingState, Vectors
@@ -218,27 +219,29 @@ def mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:
     """sum_k m_k of the leading axis."""
     mix = mix.astype(stacked.dtype)
     if stacked.shape[0] > 2 * SWITCHED:
-        return jnp.tensordot(mix, stacked, axes=1)
+        return jnp.tensordot(mix, stacked, axes=1, precision=HIGHEST)
     # unlike a product of matrices this fuses with what comes next
     parts = [mix[k] * stacked[k] for k in range(stacked.shape[0])]
     return sum(parts[1:], parts[0])
 
 
-def limit_of(settings: Settings, probe: Any, state: TrainingState) -> jax.Array:
+def limit_of(settings: Settings, probe: Any, state: TrainingState, present: Any) -> jax.Array:
     """Curvature limit of the base optimizer at this update, at most the largest float."""
     if callable(settings.limit):
         found = settings.limit(state.count)
     elif settings.limit is not None:
         found = settings.limit
     else:
-        found = probe.limit(state.base_state)
+        found = probe.limit(state.base_state, present)
     dtype = state.info.limit.dtype
     return jnp.minimum(jnp.asarray(found, dtype), jnp.finfo(dtype).max)
 
 
-def inverse_root_of(settings: Settings, probe: Any, state: TrainingState, params: Any) -> Any:
+def inverse_root_of(
+    settings: Settings, probe: Any, state: TrainingState, params: Any, present: Any
+) -> Any:
     """P^{-1/2} of the base optimizer at this update; None for the identity."""
     if settings.metric is not None:
         metric = settings.metric(state.base_state, params)
         return jax.tree.map(lambda p: 1 / jnp.sqrt(p), metric)
-    return probe.inverse_root(state.base_state, params) if probe.known else None
+    return probe.inverse_root(state.base_state, params, present) if probe.known else None

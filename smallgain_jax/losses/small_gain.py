@@ -24,7 +24,7 @@ from smallgain_jax._checks import (
     float_dtype,
     is_concrete,
 )
-from smallgain_jax._tree import select, when
+from smallgain_jax._tree import select, vdot, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
 from smallgain_jax.losses.incoming import (
@@ -34,6 +34,7 @@ from smallgain_jax.losses.incoming import (
     is_foreign,
     observe,
     report,
+    report_lost,
     report_missed,
 )
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
@@ -173,6 +174,9 @@ def loss_small_gain(
       ValueError: an unknown name, a concrete number outside its range.
       TypeError: parameters that are not floating, losses whose names must be given and are not, or
         that take a batch which `update` was not given.
+
+    Warns, at `init`: where something that was asked for rests on the limit or on the metric of a
+    base optimizer that has none (Lion, LAMB, Muon).
 
     >>> def losses(x):
     ...     return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
@@ -328,6 +332,7 @@ def _transformation(
         return move, cast_like(new_state, state)
 
     compiled = jax.jit(compute, static_argnames="weighted")
+    reported: set[str] = set()
 
     def update(
         updates: Any, state: TrainingState, params: Any = None, **given: Any
@@ -337,6 +342,8 @@ def _transformation(
         # branches on the state would compile anew at every call outside of a program
         ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
         run = compiled if ready else compute
+        if ready and not settings.reweights:
+            reported.update(report_lost(state, reported))
         found: tuple[Any, TrainingState] = run(updates, state, params, weighted=weighted, **given)
         return found
 
@@ -361,8 +368,28 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     priorities = settings.priorities
     if priorities is not None and len(priorities) != len(names):
         raise ValueError(f"priorities has {len(priorities)} entries for {len(names)} losses")
+    if not wiring.aggregates:
+        _warn_of_no_limit(settings, wiring.probe(params))
     dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
     return initial_state(wiring.base, params, len(names), settings, dtype)
+
+
+def _warn_of_no_limit(settings: Settings, probe: Probe) -> None:
+    """Say what rests on a limit, or on a metric, and has none."""
+    if probe.known:
+        return
+    off = []
+    if settings.limit is None:
+        off += ["the numeric guard does nothing"] * (not isinstance(settings.guard, str | None))
+        off += ["row_gains does nothing"] * settings.row_gains
+    if settings.metric is None and settings.reweights:
+        off.append("losses are priced as under gradient descent, in the identity metric")
+    if off:
+        warnings.warn(
+            f"base_optimizer: no curvature limit was found ({probe.why}), so that "
+            f"{', and '.join(off)}; give limit= and metric= if you know them",
+            stacklevel=4,
+        )
 
 
 def _checked(updates: Any, params: Any, state: TrainingState, given: Given) -> Given:
@@ -475,10 +502,11 @@ def _decide(
 
     def look() -> _Decision:
         plain = seen.reweighted(state.weights)
-        root = inverse_root_of(settings, probe, state, params)
+        present = probe.present(state.base_state)
+        root = inverse_root_of(settings, probe, state, params, present)
         sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
         measured = measure(losses, settings, state, sight)
-        prices = measured.prices._replace(limit=limit_of(settings, probe, state))
+        prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
         log_weights, scores = decide(
             settings, adaptive or not probe.known, state, seen.gradients, prices
         )
@@ -529,8 +557,8 @@ def _judge(
         safe = settings.target * info.limit / jnp.where(known, info.sharpness, 1)
         verdict: Verdict = judge(
             watch,
-            jnp.vdot(weights, here),
-            jnp.vdot(weights, there),
+            vdot(weights, here),
+            vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
         first, missed = arrived(watch, distance)
@@ -538,8 +566,9 @@ def _judge(
         rewind = verdict.rewind & ~watch.lost
         way = jnp.where(rewind, distance, 0)
         anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
-        alarm = partial(jax.debug.callback, report_missed, missed)
-        jax.lax.cond(missed, alarm, lambda: None)
+        if settings.reweights:  # these programs hold a callback anyway, and start slower for it
+            alarm = partial(jax.debug.callback, report_missed, missed)
+            jax.lax.cond(missed, alarm, lambda: None)
         here = jnp.where(jnp.isfinite(here), here, info.losses)
         found = _Judgement(verdict.watch._replace(anchor=anchor, way=way), rewind, here)
         return cast_like(found, kept)
@@ -567,11 +596,11 @@ def _weighted_args(
     """What a line search inside is told, of the objective that is in force."""
     known: dict[str, Any] = {"grad": gradient}
     if seen.values is not None:
-        known["value"] = jnp.vdot(weights, seen.values.astype(weights.dtype))
+        known["value"] = vdot(weights, seen.values.astype(weights.dtype))
 
     def value_fn(params: Any) -> jax.Array:
         values = losses.values(params, *batch.args, **batch.kwargs)
-        return jnp.vdot(weights.astype(values.dtype), values)
+        return vdot(weights.astype(values.dtype), values)
 
     known["value_fn"] = value_fn
     return extra_args | {name: what for name, what in known.items() if name in extra_args}
@@ -589,7 +618,7 @@ def _factors(settings: Settings, state: TrainingState, decision: _Decision) -> _
     prices = decision.measured.prices
     # weights moved since the sum was measured: scale its sharpness with the total cost
     before, after = (
-        jnp.vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
+        vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
         for w in (state.log_weights, decision.log_weights)
     )
     drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)

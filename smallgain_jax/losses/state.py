@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from smallgain_jax._show import shows
 from smallgain_jax._tree import zero_count
 from smallgain_jax.losses.losses import UNROLLED
 from smallgain_jax.losses.watch import WatchState, first_watch
@@ -60,6 +61,7 @@ class Vectors(NamedTuple):
     each: Any  # [K, ...] for each loss; None where they start from `total`
 
 
+@shows(bars="share")
 class TrainingInfo(NamedTuple):
     """What a reader of one update wants to know. K losses, R rows (blocks of parameters).
 
@@ -86,6 +88,7 @@ class TrainingInfo(NamedTuple):
     skipped: jax.Array  # [] int32, updates so far in which something was not finite
 
 
+@shows(bars="info.share")
 class TrainingState(NamedTuple):
     """State of `small_gain` around the losses of a model. K losses."""
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import check_optimizer
+from smallgain_jax._tree import vdot
+from smallgain_jax.losses.incoming import report_lost
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.state import TrainingState
 
@@ -75,13 +77,13 @@ def train_step(
         ) -> jax.Array:
             # optax's line searches insist that value_fn names every extra argument of update
             del term_args, term_values, weighted
-            return jnp.vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
+            return vdot(weights.astype(values.dtype), own.values(at, *args, **kwargs))
 
         updates, state = update(
             gradient,
             state,
             params,
-            value=jnp.vdot(weights.astype(values.dtype), values),
+            value=vdot(weights.astype(values.dtype), values),
             grad=gradient,
             value_fn=value_fn,
             term_args=Batch(args, kwargs),
@@ -95,8 +97,11 @@ def train_step(
         return optax.apply_updates(params, updates), state, metrics
 
     compiled = jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    reported: set[str] = set()
 
     def train(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
+        if ours := _ours(state):
+            reported.update(report_lost(ours[0], reported))
         if donate:
             params, state = _unaliased((params, state))
         found: tuple[Any, Any, Any] = compiled(params, state, *args, **kwargs)
@@ -128,8 +133,12 @@ def _unaliased(tree: Any) -> Any:
 
 def _weights(state: Any, num_terms: int) -> jax.Array:
     """Those in the state of `small_gain`, wherever it stands; else ones."""
-    found = [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
+    found = _ours(state)
     return found[0].weights if found else jnp.ones(num_terms)
+
+
+def _ours(state: Any) -> list[TrainingState]:
+    return [node for node in jax.tree.leaves(state, is_leaf=_is_ours) if _is_ours(node)]
 
 
 def _is_ours(node: Any) -> bool:

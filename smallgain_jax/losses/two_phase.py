@@ -14,7 +14,8 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
-from smallgain_jax._tree import HIGHEST, all_finite, select, stat_dtype, zero_count
+from smallgain_jax._show import shows
+from smallgain_jax._tree import HIGHEST, all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import (
     Balance,
     as_losses,
@@ -30,6 +31,7 @@ LOSS, BALANCE = 0, 1
 """Phases of `two_phase`, as its info gives them."""
 
 
+@shows()
 class SmallestCurvature(NamedTuple):
     """An extreme of the spectrum of H, from its Krylov space."""
 
@@ -77,6 +79,7 @@ def smallest_curvature(
     return _smallest_curvature(losses, params, args, weights, iterations, seed)
 
 
+@shows()
 class BalanceNewtonInfo(NamedTuple):
     """What a reader of one update of `balance_newton` wants to know; zeros before the first."""
 
@@ -87,6 +90,7 @@ class BalanceNewtonInfo(NamedTuple):
     step: jax.Array  # [] factor on d; 0 where none was accepted
 
 
+@shows()
 class BalanceNewtonState(NamedTuple):
     """State of `balance_newton`. K losses."""
 
@@ -201,6 +205,7 @@ def balance_newton(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+@shows()
 class TwoPhaseInfo(NamedTuple):
     """What a reader of one update of `two_phase` wants to know; zeros before the first.
 
@@ -216,6 +221,7 @@ class TwoPhaseInfo(NamedTuple):
     certified: jax.Array  # [] bool: B is 0 here and no negative curvature was found
 
 
+@shows()
 class TwoPhaseState(NamedTuple):
     """State of `two_phase`. K losses."""
 
@@ -505,8 +511,8 @@ def _least_residual(
     scale = jnp.max(jnp.abs(projected))
     scale = jnp.where(scale > 0, scale, 1)
     coefficients = jnp.linalg.lstsq(projected / scale, target)[0]
-    left = jnp.linalg.norm(projected / scale @ coefficients - target)
-    return length / scale * (coefficients @ space.basis), jnp.minimum(left, 1)
+    left = jnp.linalg.norm(matmul(projected / scale, coefficients) - target)
+    return length / scale * matmul(coefficients, space.basis), jnp.minimum(left, 1)
 
 
 def _smallest_curvature(
@@ -527,7 +533,7 @@ def _smallest_curvature(
     matrix = tridiagonal(space._replace(diagonal=diagonal), rows=diagonal.size)
     usable = jnp.all(jnp.isfinite(matrix))
     values, vectors = jnp.linalg.eigh(jnp.where(usable, matrix, 0))
-    direction = vectors[:, 0] @ space.basis
+    direction = matmul(vectors[:, 0], space.basis)
     norm = jnp.linalg.norm(direction)
     direction = direction / jnp.where(norm > 0, norm, 1)
     smallest = jnp.where(usable, values[0], jnp.nan)

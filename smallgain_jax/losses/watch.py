@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._show import shows
 from smallgain_jax._tree import safe_norm, select, zero_count
 
 OUT = 10.0
@@ -36,6 +37,9 @@ CONFIRMED = 2
 LEARNING = 5
 """Checks that set the scale of differences; where all of them rise, and the last one no less than
 before, there is no scale to learn."""
+PATIENCE = 20
+"""Checks after which a kick should have died away: where not one of them has found the loss below
+that at the start, nothing was ever won."""
 FOLLOW = 0.1
 """Weight of the newest difference in the typical one."""
 ARRIVED = 0.05
@@ -44,6 +48,7 @@ REGROWTH = 1.001
 """Per update: a quarter of a step is whole again after 1,387."""
 
 
+@shows()
 class WatchState(NamedTuple):
     """What is remembered between two checks."""
 
@@ -51,7 +56,7 @@ class WatchState(NamedTuple):
     typical: jax.Array  # [] difference of the total loss between anchor and now
     progress: jax.Array  # [] by which the loss has fallen from the first anchor to this one
     checks: jax.Array  # [] int32, since the scale was last learnt anew
-    rises: jax.Array  # [] int32, of these, all from the first on
+    rises: jax.Array  # [] int32, of these, how many found a higher loss than at the anchor
     suspect: jax.Array  # [] int32, checks in a row that found a rise beyond `OUT`
     backoff: jax.Array  # [] factor on steps, in (0, 1]
     way: jax.Array  # [] length of the way back that the last update asked for; 0 for none
@@ -98,13 +103,14 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
     ulp = ROUNDING * jnp.finfo(there.dtype).eps
     rise = jnp.where(jnp.abs(rise) > ulp * jnp.where(known, jnp.abs(there), 0), rise, 0)
     learning = watch.checks < LEARNING
-    rises = jnp.where(learning & (rise > 0), watch.rises + 1, watch.rises)
+    rises = watch.rises + (rise > 0)
     most = jnp.maximum(OUT * watch.typical, LOST * watch.progress)
     beyond = lost | ((watch.typical > 0) & (rise > most))
     suspect = jnp.where(beyond, watch.suspect + 1, 0)
     climbing = learning & (watch.checks == LEARNING - 1) & (rises == LEARNING)
     # a first kick that is dying away is none
     climbing = climbing & (rise >= watch.typical / 2)
+    climbing = climbing | ((watch.checks == PATIENCE - 1) & (rises == PATIENCE))
     rewind = (suspect >= CONFIRMED) | climbing
     usual = known & ~beyond & ~rewind
 
@@ -117,7 +123,7 @@ def judge(watch: WatchState, here: jax.Array, there: jax.Array, safe: jax.Array)
         progress=jnp.where(advance, jnp.maximum(watch.progress - rise, 0), watch.progress),
         typical=jnp.where(rewind, 0, jnp.where(usual, typical, watch.typical)),
         checks=jnp.where(rewind, 0, watch.checks + usual),
-        rises=jnp.where(rewind, 0, rises),
+        rises=jnp.where(rewind, 0, jnp.where(usual, rises, watch.rises)),
         suspect=jnp.where(rewind, 0, jnp.where(known, suspect, watch.suspect)),
         backoff=jnp.where(rewind, shorter, watch.backoff),
     )

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
+from smallgain_jax._show import shows
 from smallgain_jax.networks.layers import Rule, find_layers
 from smallgain_jax.spectral.norms import spectral_bound
 
@@ -30,6 +31,7 @@ ACTIVATIONS: dict[str, float] = {
 """Lipschitz constants of activations, rounded up; gelu's holds for its tanh form as well."""
 
 
+@shows()
 class Certificate(NamedTuple):
     """An upper bound of a network's Lipschitz constant. n layers, in the chain's order."""
 
@@ -99,6 +101,7 @@ def lipschitz_certificate(
     return Certificate(jnp.prod(bounds) * jnp.prod(between) * rounding, bounds, between)
 
 
+@shows()
 class LowerBound(NamedTuple):
     """A gain that a network attains, so that its Lipschitz constant is at least this."""
 
@@ -118,9 +121,10 @@ def lipschitz_lower_bound(
 
     Ascent moves x along the normalized gradient, with steps that shrink linearly to zero, and v by
     the power iteration $v \leftarrow J^\top J v$. Every gain met is one that the network attains
-    where it is differentiable, so the largest is a lower bound, up to rounding. Piecewise linear
-    networks have no slope in x to follow: there the spread of the starts searches, and steps of
-    random direction stand in for the gradient.
+    where it is differentiable, so the largest is a lower bound, up to rounding; the network's own
+    products are taken in all bits of float32, whatever `jax_default_matmul_precision` is. Piecewise
+    linear networks have no slope in x to follow: there the spread of the starts searches, and steps
+    of random direction stand in for the gradient.
 
     Args:
       fn: network of one input, [d] -> [k].
@@ -146,8 +150,13 @@ def lipschitz_lower_bound(
     check_positive("step_size", step_size)
     dtype = jnp.promote_types(starts.dtype, jnp.float32)
 
+    def network(x: jax.Array) -> jax.Array:
+        # a gain of rounded weights may exceed every gain of the weights themselves
+        with jax.default_matmul_precision("highest"):
+            return fn(x)
+
     def log_gain(x: jax.Array, v: jax.Array) -> jax.Array:
-        stretched = jax.jvp(fn, (x,), (v,))[1]
+        stretched = jax.jvp(network, (x,), (v,))[1]
         return jnp.log(jnp.maximum(jnp.sum(stretched**2), jnp.finfo(dtype).tiny)) / 2
 
     def search(x: jax.Array, key: jax.Array) -> LowerBound:
@@ -157,9 +166,9 @@ def lipschitz_lower_bound(
 
         def climb(carry: tuple[Any, ...], k: jax.Array) -> tuple[tuple[Any, ...], None]:
             x, v, best = carry
-            outward, pull = jax.vjp(fn, x)
+            outward, pull = jax.vjp(network, x)
             del outward
-            (turned,) = pull(jax.jvp(fn, (x,), (v,))[1])
+            (turned,) = pull(jax.jvp(network, (x,), (v,))[1])
             v = jnp.where(jnp.sum(turned**2) > 0, _unit(turned), v)
             gain, slope = jax.value_and_grad(log_gain)(x, v)
             better = jnp.isfinite(gain) & (gain > best[0])

@@ -21,6 +21,7 @@ from smallgain_jax._checks import (
     check_positive,
     is_concrete,
 )
+from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 from smallgain_jax.allocation.knapsack import POLICIES, allocate
 from smallgain_jax.networks.layers import Layer, Rule, find_layers, placed_like, whole
@@ -38,6 +39,7 @@ STATIC = ("layers", "policy", "projection", "every")
 """Arguments of `kappa_budget` that shape the program: `static_args` of `inject_hyperparams`."""
 
 
+@shows()
 class KappaInfo(NamedTuple):
     """What a reader of one update wants to know. n layers, in the chain's order."""
 
@@ -49,6 +51,7 @@ class KappaInfo(NamedTuple):
     cosine: jax.Array  # [] between the raw and the projected update, all leaves
 
 
+@shows()
 class KappaState(NamedTuple):
     """State of `kappa_budget`. n layers."""
 

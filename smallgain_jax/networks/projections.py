@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import HIGHEST
+from smallgain_jax._tree import matmul, vdot
 from smallgain_jax.networks.layers import Layer
 from smallgain_jax.spectral.norms import CERTAINTY, coarse_bound, gram_power, spectral_bound
 
@@ -123,24 +123,24 @@ def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.A
     # so that the certificate, which is 0.5 % above the norm, finds it within the cap
     target = cap / jnp.where(bound > 0, bound, 1)
     target = target * (1 - 1e-2 * CERTAINTY) / (1 + CERTAINTY / 2)
-    gram = jnp.matmul(held, held.T, precision=HIGHEST)
+    gram = matmul(held, held.T)
     keep = jnp.eye(gram.shape[0], dtype=gram.dtype)
 
     def cut(carry: tuple[jax.Array, jax.Array], start: jax.Array) -> tuple[Any, jax.Array]:
         gram, keep = carry
         vector = gram_power(gram, start, CLIP_POWER_STEPS)
-        image = jnp.matmul(gram, vector, precision=HIGHEST)
-        square = jnp.vdot(vector, image, precision=HIGHEST)
+        image = matmul(gram, vector)
+        square = vdot(vector, image)
         value = jnp.sqrt(jnp.maximum(square, TINY))
         excess = jnp.maximum(1 - target / value, 0)
         # both sides of the Gram matrix, expanded: no product of matrices
         outer = jnp.outer(vector, image)
         gram = gram - excess * (outer + outer.T) + excess**2 * square * jnp.outer(vector, vector)
-        along = jnp.matmul(vector, keep, precision=HIGHEST)
+        along = matmul(vector, keep)
         return (gram, keep - excess * jnp.outer(vector, along)), vector
 
     (_, keep), vectors = jax.lax.scan(cut, (gram, keep), vectors)
-    kept = jnp.matmul(keep, small, precision=HIGHEST)
+    kept = matmul(keep, small)
     reached = spectral_bound(kept, vectors[0]).upper
     return kept.T if tall else kept, reached, vectors
 
@@ -148,5 +148,5 @@ def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.A
 def _smooth_norm(matrix: jax.Array, vector: jax.Array) -> jax.Array:
     """Spectral norm along a singular vector that counts as constant, as its derivative is."""
     tall = matrix.shape[0] > matrix.shape[1]
-    image = jnp.matmul(matrix, vector) if tall else jnp.matmul(vector, matrix)
+    image = matmul(matrix, vector) if tall else matmul(vector, matrix)
     return jnp.maximum(frobenius(image), TINY)

@@ -7,12 +7,15 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_finite
+from smallgain_jax._show import shows
+from smallgain_jax._tree import matmul
 from smallgain_jax.penalties.base import wide
 from smallgain_jax.penalties.separable import LogSparsity, SmoothedL1
 
 _Pair = tuple[jax.Array, jax.Array]
 
 
+@shows()
 class LeastSquaresResult(NamedTuple):
     """Outcome of `reweighted_least_squares`. n unknowns."""
 
@@ -76,7 +79,7 @@ def reweighted_least_squares(
     a, b, start = a.astype(dtype), b.astype(dtype), start.astype(dtype)
 
     def objective(x: jax.Array) -> jax.Array:
-        return jnp.sum((a @ x - b) ** 2) / 2 + penalty(x)
+        return jnp.sum((matmul(a, x) - b) ** 2) / 2 + penalty(x)
 
     def step(carry: _Pair, _: None) -> tuple[_Pair, jax.Array]:
         x, value = carry
@@ -100,7 +103,7 @@ def _solve(a: jax.Array, b: jax.Array, rows: jax.Array) -> jax.Array:
     scaled = a / root[None]
     m, n = a.shape
     if m < n:
-        inner = scaled @ scaled.T + jnp.eye(m, dtype=a.dtype)
-        return (scaled.T @ jax.scipy.linalg.solve(inner, b, assume_a="pos")) / root
-    inner = scaled.T @ scaled + jnp.eye(n, dtype=a.dtype)
-    return jax.scipy.linalg.solve(inner, scaled.T @ b, assume_a="pos") / root
+        inner = matmul(scaled, scaled.T) + jnp.eye(m, dtype=a.dtype)
+        return matmul(scaled.T, jax.scipy.linalg.solve(inner, b, assume_a="pos")) / root
+    inner = matmul(scaled.T, scaled) + jnp.eye(n, dtype=a.dtype)
+    return jax.scipy.linalg.solve(inner, matmul(scaled.T, b), assume_a="pos") / root

@@ -74,5 +74,15 @@ def cosine(a: Any, b: Any) -> jax.Array:
     >>> round(cosine(jnp.array([3.0, 0.0]), jnp.array([3.0, 4.0])).item(), 6)
     0.6
     """
+    # squares leave the range of numbers long before what is squared does
+    a, b = _in_its_unit(a), _in_its_unit(b)
     norms = optax.tree.norm(a) * optax.tree.norm(b)
     return jnp.where(norms > 0, optax.tree.vdot(a, b) / jnp.where(norms > 0, norms, 1), 0)
+
+
+def _in_its_unit(tree: Any) -> Any:
+    """A pytree divided by its largest entry; as it is where that is 0 or not finite."""
+    tops = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
+    top = jnp.max(jnp.stack(tops)) if tops else jnp.zeros(())
+    unit = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+    return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), tree)

@@ -33,7 +33,8 @@ def projected_step(x: jax.Array, gradient: jax.Array, rows: jax.Array, box: Box)
     to 0.) A row without curvature goes as far as the box lets it.
     """
     priced = rows > 0
-    farthest = jnp.finfo(x.dtype).max
+    # the reciprocal, by which compiled code may divide, must not underflow
+    farthest = jnp.finfo(x.dtype).max / 8
     step = jnp.where(priced, -gradient / jnp.where(priced, rows, 1), -farthest * jnp.sign(gradient))
     return jnp.clip(step, box.lower - x, box.upper - x)
 

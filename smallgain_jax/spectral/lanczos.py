@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import HIGHEST
+from smallgain_jax._tree import matmul, vdot
 
 
 class Krylov(NamedTuple):
@@ -41,10 +41,10 @@ def lanczos(product: Callable[[jax.Array], jax.Array], start: jax.Array, iterati
         basis, diagonal, off, scale = carry
         image = product(basis[j])
         scale = jnp.maximum(scale, jnp.linalg.norm(image))
-        diagonal = diagonal.at[j].set(jnp.vdot(basis[j], image, precision=HIGHEST))
+        diagonal = diagonal.at[j].set(vdot(basis[j], image))
         for _ in range(2):
-            inside = jnp.matmul(basis, image, precision=HIGHEST)
-            image = image - jnp.matmul(inside, basis, precision=HIGHEST)
+            inside = matmul(basis, image)
+            image = image - matmul(inside, basis)
         length = jnp.linalg.norm(image)
         # what is left is rounding: the space is invariant, and zeros end the recurrence
         length = jnp.where(length <= rounding * scale, 0, length)

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smallgain_jax._tree import HIGHEST
+from smallgain_jax._show import shows
+from smallgain_jax._tree import matmul, vdot
 
 CERTAINTY = 0.01
 """By how much the square of a certified bound first tries to exceed its estimate."""
 
 
+@shows()
 class SpectralBound(NamedTuple):
     """Two sides of a matrix's spectral norm."""
 
@@ -66,19 +68,14 @@ def spectral_bound(
     coarse = coarse_bound(matrix)
     scale = jnp.where(coarse > 0, coarse, 1)
     unit = matrix / scale
-    # accelerators multiply float32 matrices in fewer bits unless told otherwise
     tall = matrix.shape[0] > matrix.shape[1]
-    gram = (
-        jnp.matmul(unit.T, unit, precision=HIGHEST)
-        if tall
-        else jnp.matmul(unit, unit.T, precision=HIGHEST)
-    )
+    gram = matmul(unit.T, unit) if tall else matmul(unit, unit.T)
     size = gram.shape[0]
     start = start_vector(size, gram.dtype) if vector is None else vector
 
     vector = gram_power(gram, start, power_steps)
-    image = jnp.matmul(gram, vector, precision=HIGHEST)
-    estimate = jnp.minimum(jnp.vdot(vector, image, precision=HIGHEST) / jnp.vdot(vector, vector), 1)
+    image = matmul(gram, vector)
+    estimate = jnp.minimum(vdot(vector, image) / vdot(vector, vector), 1)
     certain = jnp.minimum(jnp.max(jnp.sum(jnp.abs(gram), axis=1)), jnp.sqrt(jnp.sum(gram**2)))
     certain = jnp.minimum(certain, 1)
 
@@ -119,7 +116,7 @@ def gram_power(gram: jax.Array, start: jax.Array, steps: int) -> jax.Array:
     """Power iteration; a vector that `gram` annihilates stays."""
 
     def multiply(_: int, v: jax.Array) -> jax.Array:
-        image = jnp.matmul(gram, v, precision=HIGHEST)
+        image = matmul(gram, v)
         norm = jnp.sqrt(jnp.sum(image**2))
         return jnp.where(norm > 0, image / jnp.where(norm > 0, norm, 1), v)
 

@@ -25,6 +25,8 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
+from smallgain_jax._show import shows
+from smallgain_jax._tree import HIGHEST
 
 
 class Activity(Protocol):
@@ -82,6 +84,7 @@ class Ramp(eqx.Module):
         return jnp.clip(1 + gap / self.eps, 0, 1)
 
 
+@shows(bars="row_sums")
 class Curvature(NamedTuple):
     """Row bounds of a Hessian and what each term pays into them.
 
@@ -106,8 +109,8 @@ def _pair_costs(blocks: jax.Array, scaling: jax.Array, i: jax.Array, j: jax.Arra
     """`|block| s / s` on both ends of each edge: [E, 2, ...] from non-negative blocks."""
     ends = jnp.stack([scaling[i], scaling[j]], axis=1)
     if blocks.ndim == 3:
-        return jnp.einsum("erq,eq->er", blocks, ends) / ends
-    return jnp.einsum("ercqd,eqd->erc", blocks, ends) / ends
+        return jnp.einsum("erq,eq->er", blocks, ends, precision=HIGHEST) / ends
+    return jnp.einsum("ercqd,eqd->erc", blocks, ends, precision=HIGHEST) / ends
 
 
 SHIFT = 0.1

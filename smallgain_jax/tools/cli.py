@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -116,7 +117,7 @@ class Relax(Settings, frozen=True, kw_only=True):
 
 
 class Demo(msgspec.Struct, frozen=True, kw_only=True):
-    """Relax the two published scenarios by every method; write tables and a figure.
+    """Relax two small graphs by every method; write tables and a figure.
 
     Attributes:
       out: folder to write to.
@@ -277,11 +278,21 @@ def _version() -> str:
 
 
 def _parse(name: str, arguments: list[str]) -> Command:
+    _refuse_twice(name, arguments)
     command = _parsed(name, arguments, Settings())
     if isinstance(command, Relax) and command.config is not None:
         # once more, with the file's settings as the defaults that flags override
         command = _parsed(name, arguments, _decoded(command.config, Settings))
     return command
+
+
+def _refuse_twice(name: str, arguments: list[str]) -> None:
+    """An option of several values takes them all at once: the last would win without a word."""
+    for field in msgspec.structs.fields(_COMMANDS[name]):
+        flag = f"--{field.encode_name}"
+        given = [argument for argument in arguments if argument.partition("=")[0] == flag]
+        if len(given) > 1 and typing.get_origin(field.type) is tuple:
+            raise ValueError(f"{flag} is given {len(given)} times: put all values after one {flag}")
 
 
 def _parsed(name: str, arguments: list[str], settings: Settings) -> Command:
@@ -412,6 +423,7 @@ def _run_relax(command: Relax) -> int:
     out = command.out or command.file.with_name(f"{_stem(command.file)}-relaxed")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file, expected a folder")
+    _refuse_to_overwrite(command, out)
     with jax.enable_x64(command.x64):
         began = time.perf_counter()
         problem = read_graph(
@@ -433,6 +445,15 @@ def _run_relax(command: Relax) -> int:
     return int(not outcome.facts["final_energy"] <= outcome.facts["start_energy"])
 
 
+def _refuse_to_overwrite(command: Relax, out: Path) -> None:
+    """Nothing may be written over what is read."""
+    read = {"the graph": command.file, "the node table": command.nodes, "config": command.config}
+    for what, path in read.items():
+        for written in () if path is None else (*command.live, *_outputs(out)):
+            if path is not None and path.resolve() == written.resolve():
+                raise ValueError(f"{written} is {what}: it would be overwritten")
+
+
 def _stem(path: Path) -> str:
     return path.name[: path.name.lower().rindex(suffix_of(path))] if suffix_of(path) else path.stem
 
@@ -446,6 +467,8 @@ def _check(command: Relax) -> None:
         raise ValueError(f"lower = {command.lower} must not exceed upper = {command.upper}")
     if command.momentum is not None:
         check_fraction("momentum", command.momentum)
+        if command.momentum == 1:
+            raise ValueError("momentum = 1.0 must be below 1: nothing would ever come to rest")
         if command.method != "momentum":
             raise ValueError(f"momentum: method {command.method} has none")
     _check_files(command)
@@ -576,7 +599,7 @@ def _surprises(
             "the edges alone hold every node where it is: a node table (--nodes) says what each "
             "node wants, by a, b and target, and where it starts"
             if not problem.graph.local
-            else "the start is a minimum already"
+            else _already_there(command)
         )
         notes.append(f"nothing to do, no update was made: {why}")
     if not facts["final_energy"] <= facts["start_energy"]:
@@ -587,6 +610,16 @@ def _surprises(
             advice = f"; a learning rate of at most {1 / bound:.3g} would descend" if bound else ""
         notes.append(f"the energy rose {rise}{advice}")
     return notes
+
+
+def _already_there(command: Relax) -> str:
+    width = command.upper - command.lower
+    if not math.isfinite(width):
+        return "the start is a minimum already"
+    return (
+        f"the start is a minimum already, to {command.tol:g} (tol) of the box, which is {width:g} "
+        "wide; a bound that is meant for none is written as inf"
+    )
 
 
 def _start(graph: EnergyGraph, bounds: tuple[float, float]) -> jax.Array:

@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
+import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax.graphs.build import LOWEST, known_parameters, to_default_dtype
-from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator
+from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator, suffix_of
 
 LANDAU = ("a", "b", "target")
 LOWEST_CELL = {**LOWEST, "b": 0.0}
@@ -36,7 +37,7 @@ _ENDS = (
 )
 """How the two ends of an edge are called, the first that a table has both of."""
 _OTHER_NAMES = {
-    "weight": ("w", "weights", "wt", "edge_weight"),
+    "weight": ("w", "weights", "wt", "edge_weight", "value", "val"),
     "node": ("node_id", "nodeid", "id", "name", "label", "vertex"),
 }
 _MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "-nan", "null", "none"))
@@ -80,6 +81,13 @@ class Meaning(NamedTuple):
                 f"{self.sheet.path.name}: {count} of {missing.size} cells of column "
                 f"{column.name!r} hold no value and mean the default, {default:g}"
             )
+        too_small = (values != 0) & (np.abs(values) < jnp.finfo(jnp.result_type(float)).tiny)
+        if count := int(too_small.sum()):
+            self.notes.append(
+                f"{self.sheet.path.name}: {count} of {missing.size} cells of column "
+                f"{column.name!r} are too small for {jnp.result_type(float)} and count as 0"
+            )
+            values[too_small] = 0
         values[missing] = default
         return values
 
@@ -95,12 +103,51 @@ def edge_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
       FileFormatError: no column for an end, one that appears twice or looks misspelled, no rows.
     """
     roles = ("source", "target", "weight", "family", *known_parameters())
+    if sheet.header and not any(named.get(role) for role in roles[:2]):
+        sheet = _edges_first(sheet, roles)
     if not sheet.header and 2 <= len(sheet.cells) <= 3:
         header = roles[: len(sheet.cells)]
         sheet = sheet._replace(header=header)
         note = f"{sheet.path.name} has no header: its columns are read as {', '.join(header)}"
-        sheet = sheet._replace(notes=(*sheet.notes, note))
+        sheet = sheet._replace(notes=(*sheet.notes, note, *_counts(sheet)))
     return _meaning(sheet, roles, ("source", "target"), named)
+
+
+def _edges_first(sheet: Sheet, roles: Sequence[str]) -> Sheet:
+    """The sheet, without its header where that is none: a mere comment, or the first edge."""
+    plain = [_plain(name) for name in sheet.header]
+    if {"source", "target"} & _found(sheet, plain, roles, {}).keys():
+        return sheet
+    if sheet.commented:
+        return sheet._replace(header=())
+    if suffix_of(sheet.path) not in (".edges", ".edgelist") or len(plain) > 3:
+        return sheet
+    line = sheet.header_line
+    cells = [[name or None, *rest] for name, rest in zip(sheet.header, sheet.cells, strict=True)]
+    place = sheet.place
+    return sheet._replace(
+        header=(),
+        cells=tuple(cells),
+        place=lambda row: place(row - 1) if row else (line, f"line {line}"),
+    )
+
+
+def _counts(sheet: Sheet) -> list[str]:
+    """A note where the first row may tell the numbers of nodes and edges, as some files do."""
+    if len(sheet.cells) != 2 or str(sheet.cells[1][0]) != str(sheet.num_rows - 1):
+        return []
+    nodes, edges = (cells[0] for cells in sheet.cells)
+    return [
+        f"its first line, {nodes} {edges}, is read as an edge: remove it if it says that there are "
+        f"{nodes} nodes and {edges} edges"
+    ]
+
+
+def may_mean(name: str, named: Mapping[str, str | None]) -> bool:
+    """Whether an edge or node table may have a column of this name for something that is read."""
+    roles = ("source", "target", "weight", "family", "node", "start", *LANDAU, *known_parameters())
+    others = [other for names in (*_ENDS, *_OTHER_NAMES.values()) for other in names]
+    return _plain(name) in (*roles, *others) or name.strip() in named.values()
 
 
 def node_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
@@ -151,10 +198,11 @@ def _found(
     for role in roles:
         if role in found:
             continue
-        others = _OTHER_NAMES.get(role, ())
-        if role in ("source", "target") and "source" in roles:
-            others = (ends[role],) if role in ends else ()
-        for name in (role, *others):
+        names = (role, *_OTHER_NAMES.get(role, ()))
+        if role in ends and "source" in roles:
+            # a pair, even where one of its ends has a column of the usual name beside it
+            names = (ends[role],)
+        for name in names:
             position = _position(sheet, plain, name)
             if position >= 0 and position not in found.values():
                 found[role] = position
@@ -183,7 +231,8 @@ def _fail_missing(sheet: Sheet, name: str) -> NoReturn:
     flag = f"; name the column that it is with --{name}" if name in roles else ""
     if any(map(_is_number, sheet.header)):
         # naming columns after a first edge would lose that edge
-        flag = "; this line looks like data: put a line of names before it, as source,target,weight"
+        example = "node,a,target" if name == "node" else "source,target,weight"
+        flag = f"; this line looks like data: put a line of names before it, as {example}"
     problem = f"the column is missing: there are {there}{how}{flag}"
     raise FileFormatError(sheet.path, sheet.header_line, name, problem)
 
@@ -272,7 +321,8 @@ def _spelled(column: Column, row: int, comma: bool) -> float:
             if column.sheet.separator != ";" and re.fullmatch(r"[-+]?[1-9]\d{0,2},\d{3}", cell):
                 column.fail(row, f"{cell!r} may be a fraction or thousands: write a decimal point")
             return float(cell.replace(",", "."))
-    column.fail(row, f"{cell!r} is not a number")
+    hint = ": write a decimal point" if re.fullmatch(r"[-+]?\d+,\d+", str(cell)) else ""
+    column.fail(row, f"{cell!r} is not a number{hint}")
 
 
 def _check_range(

@@ -10,6 +10,7 @@ of an edge must not be missing. Matrices have no missing entries: NaN there is r
 """
 
 import csv
+import functools
 import gc
 import os
 import re
@@ -29,9 +30,11 @@ import scipy.sparse
 from smallgain_jax.graphs.build import (
     EdgeColumns,
     MatrixEdges,
+    family_name,
     family_parameters,
     known_parameters,
     matrix_edges,
+    unknown_family,
 )
 from smallgain_jax.graphs.families import FAMILIES
 from smallgain_jax.graphs.graph import EnergyGraph
@@ -44,10 +47,12 @@ from smallgain_jax.tools.columns import (
     as_text,
     edge_meaning,
     listed,
+    may_mean,
     node_meaning,
     node_names,
     numbers,
 )
+from smallgain_jax.tools.edgelist import read_edgelist
 from smallgain_jax.tools.graphml import read_graphml
 from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 from smallgain_jax.tools.tables import (
@@ -143,6 +148,7 @@ def read_graph(
     """
     path = Path(path)
     named = {"source": source, "target": target, "weight": weight, "node": node}
+    wanted = functools.partial(may_mean, named=named)
     own_nodes = None
     if suffix_of(path) == ".mtx":
         edges, own_nodes = _matrix_sheets(path, *_read_matrix_market(path, symmetrize), first=1)
@@ -151,8 +157,8 @@ def read_graph(
     elif suffix_of(path) == ".graphml":
         edges, own_nodes = read_graphml(path)
     else:
-        edges = read_sheet(path, others=(".graphml", ".mtx"))
-    node_sheet = own_nodes if nodes is None else read_sheet(Path(nodes))
+        edges = read_edgelist(path) or read_sheet(path, (".graphml", ".mtx"), wanted)
+    node_sheet = own_nodes if nodes is None else read_sheet(Path(nodes), (), wanted)
     from_one = suffix_of(path) == ".mtx" and nodes is not None
     read = _assemble(edges, node_sheet, named, from_one)
     own = read.graph.num_nodes if own_nodes is None else own_nodes.num_rows
@@ -344,7 +350,11 @@ def _matrix(
     own = matrix.row == matrix.col
     if count := int(np.count_nonzero(matrix.data[own])):
         notes.append(
-            f"{path.name}: ignored {count} entries on the diagonal: they join no two nodes"
+            f"{path.name}: ignored "
+            + ("1 entry" if count == 1 else f"{count} entries")
+            + " on the diagonal: "
+            + ("it joins" if count == 1 else "they join")
+            + " no two nodes"
         )
     rest = (matrix.data[~own], (matrix.row[~own], matrix.col[~own]))
     edges = matrix_edges(scipy.sparse.coo_array(rest, shape=matrix.shape), symmetrize, first)
@@ -407,7 +417,7 @@ def _number_ends(edges: Meaning) -> _Nodes:
         source, target = as_text(source), as_text(target)
         both = [name for pair in zip(source, target, strict=True) for name in pair]
         labels = tuple(dict.fromkeys(both))
-        return _number_by_name(edges, source, target, labels)
+        return _number_by_name(edges, None, source, target, labels)
     _refuse_negative(edges.columns["source"], source)
     _refuse_negative(edges.columns["target"], target)
     ids, ends = _numbered(np.concatenate([source, target]))
@@ -447,7 +457,7 @@ def _number_by_table(edges: Meaning, nodes: Meaning, from_one: bool) -> _Nodes:
         texts = as_text(names)
         _refuse_twice(nodes, texts)
         source, target = (as_text(end) for end in ends)
-        return _number_by_name(edges, source, target, tuple(texts))
+        return _number_by_name(edges, nodes, source, target, tuple(texts))
     _refuse_negative(nodes.columns["node"], names)
     _refuse_twice(nodes, names.tolist())
     order = np.argsort(names, kind="stable")
@@ -462,7 +472,7 @@ def _number_by_table(edges: Meaning, nodes: Meaning, from_one: bool) -> _Nodes:
         where = np.searchsorted(ids, end).clip(0, size - 1)
         for k in np.flatnonzero(ids[where] != end)[:1]:
             column = edges.columns[role]
-            column.fail(int(k), f"node {column.shown(int(k))!r} is not in the node table")
+            column.fail(int(k), _not_in_table(nodes, column.shown(int(k))))
         placed.append(where if plain else order[where])
     rows = order if plain else np.arange(size)
     return _Nodes(tuple(map(str, names[rows].tolist())), placed[0], placed[1], rows)
@@ -477,22 +487,35 @@ def _refuse_twice(nodes: Meaning, names: Sequence[Any]) -> None:
 
 
 def _number_by_name(
-    edges: Meaning, source: list[str], target: list[str], labels: tuple[str, ...]
+    edges: Meaning,
+    nodes: Meaning | None,
+    source: list[str],
+    target: list[str],
+    labels: tuple[str, ...],
 ) -> _Nodes:
     number = {name: k for k, name in enumerate(labels)}
     ends = []
     for role, names in (("source", source), ("target", target)):
         end = np.array([number.get(name, -1) for name in names], np.int64)
         for k in np.flatnonzero(end < 0)[:1]:
-            edges.columns[role].fail(int(k), f"node {names[k]!r} is not in the node table")
+            edges.columns[role].fail(int(k), _not_in_table(nodes, names[k]))
         ends.append(end)
     return _Nodes(labels, ends[0], ends[1], np.arange(len(labels)))
+
+
+def _not_in_table(nodes: Meaning | None, name: str) -> str:
+    called = "node" if nodes is None else nodes.columns["node"].name
+    which = "" if called == "node" else f", whose nodes are called by its column {called!r}"
+    return f"node {name!r} is not in the node table{which}"
 
 
 def _refuse_negative(column: Column, names: Names) -> None:
     if isinstance(names, np.ndarray):
         for k in np.flatnonzero(names < 0)[:1]:
-            column.fail(int(k), f"{names[k]} is not a node number: it must be 0 or above")
+            problem = (
+                "negative numbers stand for no node in many files: give that node another name"
+            )
+            column.fail(int(k), f"{names[k]} is not a node number: {problem}")
 
 
 def _edge_columns(edges: Meaning, numbered: _Nodes) -> EdgeColumns:
@@ -520,14 +543,15 @@ def _families(edges: Meaning) -> tuple[tuple[str, ...], np.ndarray]:
     if column is None:
         return ("quadratic",), np.zeros(edges.sheet.num_rows, np.int64)
     # a missing cell, NaN where no cell of the column is text
-    names = ["quadratic" if c is None or c != c else str(c).lower() for c in column.cells]
-    code = {name: k for k, name in enumerate(dict.fromkeys(names))}
-    for name in code:
-        if name not in FAMILIES:
+    names = ["quadratic" if c is None or c != c else str(c) for c in column.cells]
+    known = {name: family_name(name) for name in dict.fromkeys(names)}
+    for name, family in known.items():
+        if family is None:
             k = names.index(name)
-            problem = f"{column.shown(k)!r} is unknown: choose from {', '.join(FAMILIES)}"
-            column.fail(k, problem)
-    return tuple(code), np.array([code[name] for name in names], np.int64)
+            column.fail(k, f"{column.shown(k)!r} {unknown_family(name)}")
+    code = {family: k for k, family in enumerate(dict.fromkeys(known.values()))}
+    rows = np.array([code[known[name]] for name in names], np.int64)
+    return tuple(family for family in code if family is not None), rows
 
 
 def _node_energies(nodes: Meaning, rows: np.ndarray) -> tuple[Landau | None, jax.Array | None]:

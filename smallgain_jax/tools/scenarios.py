@@ -1,4 +1,4 @@
-"""The two published scenarios, and random graphs of eight kinds."""
+"""The two graphs of the design note, and random graphs of eight kinds."""
 
 from collections.abc import Callable
 from typing import NamedTuple

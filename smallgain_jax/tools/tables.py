@@ -37,6 +37,10 @@ _COMMENTS = ("#", "%", "//")
 _NO_NUMBER = r"\+|-?0\d|\d+[eE]\d+"
 """How a cell begins that may be a name, and that a number would not keep as it is: 007, 1e5."""
 _EXACT = 2.0**53
+_EXCEL = re.compile(r"sep=(.|\\t)\s*", re.IGNORECASE)
+"""The line before the header by which a spreadsheet tells what parts the cells."""
+_PAIRS = {"edges": 1, "edge_list": 1, "edgelist": 1, "edge_index": 0}
+"""Arrays that hold both ends of every edge, by the axis of length two."""
 
 
 class FileFormatError(ValueError):
@@ -81,6 +85,7 @@ class Sheet(NamedTuple):
     header_line: int | None = None
     separator: str | None = None  # of a delimited file
     notes: tuple[str, ...] = ()
+    commented: bool = False  # whether the header is a comment, which may be none
 
     @property
     def num_rows(self) -> int:
@@ -109,12 +114,16 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def read_sheet(path: Path, others: Sequence[str] = ()) -> Sheet:
+def read_sheet(
+    path: Path, others: Sequence[str] = (), wanted: Callable[[str], bool] = lambda name: True
+) -> Sheet:
     """Read a table of any known format.
 
     Args:
       path: the file.
       others: suffixes to name in the message for an unknown one, besides those known here.
+      wanted: whether a column of that name is asked for; arrays that are not are left out, with a
+        note, where they are no columns.
 
     Raises:
       FileFormatError: a malformed file.
@@ -127,7 +136,7 @@ def read_sheet(path: Path, others: Sequence[str] = ()) -> Sheet:
     if suffix == ".parquet":
         return _read_parquet(path)
     if suffix == ".npz":
-        return _read_npz(path)
+        return _read_npz(path, wanted)
     known = ", ".join((*TABLES, *others))
     raise FileFormatError(
         path, None, None, f"unknown suffix {suffix!r}: known are {known}, compressed or not"
@@ -164,11 +173,13 @@ class _Head(NamedTuple):
     start: int  # of the header, or of the first row where the header is none or a comment
     first: int  # of the first row
 
+    @property
+    def commented(self) -> bool:
+        return bool(self.header) and self.start != self.line
+
 
 def _read_delimited(path: Path) -> Sheet:
-    with as_format_error(path, EOFError, gzip.BadGzipFile, lzma.LZMAError), opened(path) as file:
-        text = _decoded(path, file.read())
-    lines = io.StringIO(text, newline="").readlines()
+    lines = read_lines(path)
     head = _head(path, lines)
     if head is None:
         raise FileFormatError(path, None, None, "the file is empty: it has no header")
@@ -182,8 +193,15 @@ def _read_delimited(path: Path) -> Sheet:
             lambda row: (first + row, f"line {first + row}"),
             head.line,
             head.separator,
+            commented=head.commented,
         )
     return _careful_sheet(path, lines, head)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, their ends included, as they are."""
+    with as_format_error(path, EOFError, gzip.BadGzipFile, lzma.LZMAError), opened(path) as file:
+        return io.StringIO(_decoded(path, file.read()), newline="").readlines()
 
 
 def _decoded(path: Path, data: bytes) -> str:
@@ -204,13 +222,17 @@ def _decoded(path: Path, data: bytes) -> str:
 def _head(path: Path, lines: list[str]) -> _Head | None:
     content = ((k, line) for k, line in enumerate(lines, 1) if line.strip())
     comment: tuple[int, str] | None = None
+    told = None  # the separator, by the file itself
     for k, line in content:
+        if told is None and comment is None and (match := _EXCEL.fullmatch(line.strip("\r\n"))):
+            told = match[1].replace("\\t", "\t")
+            continue
         bare = line.lstrip()
         if bare.startswith(_COMMENTS):
             comment = (k, bare.lstrip("#%/ ").strip())
             continue
         following = [text for text in itertools.islice(lines, k, k + 20) if text.strip()]
-        separator = _separator(line, following)
+        separator = told or _separator(line, following)
         cells = _split(line, separator)
         numeric = [_is_number(cell) for cell in cells]
         names = _split(comment[1], separator) if comment else []
@@ -268,6 +290,7 @@ def _fast_cells(lines: list[str], head: _Head) -> tuple[Cells, ...] | None:
         and "\n\r" not in text
         and "\r" not in text.replace("\r\n", "\n")
         and not any(f"\n{mark}" in text for mark in _COMMENTS)
+        and not any(f"\n{head.separator * (width - 1)}{end}" in text + "\n" for end in "\r\n")
         and text.count(head.separator) == rows * (width - 1)
         and len(lines) == rows
     )
@@ -353,6 +376,9 @@ def _careful_sheet(path: Path, lines: list[str], head: _Head) -> Sheet:
         header = tuple(name.strip() for name in next(records)[1])
     at, rows = [], []
     for line, cells in records:
+        if not any(map(str.strip, cells)):
+            # spreadsheets end a table with rows of nothing
+            continue
         at.append(line)
         rows.append(cells)
     notes = []
@@ -376,6 +402,7 @@ def _careful_sheet(path: Path, lines: list[str], head: _Head) -> Sheet:
         head.line,
         head.separator,
         tuple(notes),
+        head.commented,
     )
 
 
@@ -383,21 +410,24 @@ def _records(
     path: Path, lines: list[str], start: int, separator: str, commented: list[int]
 ) -> Iterator[tuple[int, list[str]]]:
     """Every row with the line it starts on; lines that were left out as comments are collected."""
-    began = position = start
-    inside = False  # of quotes, where nothing is a comment
+    began = start
+    whole = True
 
     def content() -> Iterator[str]:
-        nonlocal position, began, inside
+        nonlocal began, whole
         for position, line in enumerate(lines[start - 1 :], start):
-            if not inside:
+            # only inside quotes does a row ask for a second line, and nothing is a comment there
+            if whole:
                 if not line.strip():
                     continue
                 if line.lstrip().startswith(_COMMENTS):
                     commented.append(position)
                     continue
-                began = position
-            inside ^= line.count('"') % 2 == 1
+                began, whole = position, False
             yield line
+        if not whole:
+            problem = "a quote is opened in this row and never closed"
+            raise FileFormatError(path, began, None, problem)
 
     reader = _csv_reader(content(), separator)
     while True:
@@ -407,6 +437,7 @@ def _records(
             raise FileFormatError(path, began, None, str(error)) from error
         if cells is None:
             return
+        whole = True
         yield began, cells
 
 
@@ -459,14 +490,36 @@ def _series_cells(polars: Any, series: Any) -> Cells:
     return stripped(series.to_list())
 
 
-def _read_npz(path: Path) -> Sheet:
-    columns = read_arrays(path)
-    size = max((a.shape[0] for a in columns.values() if a.ndim == 1), default=0)
+def _read_npz(path: Path, wanted: Callable[[str], bool]) -> Sheet:
+    columns = _ends_apart(path, read_arrays(path))
+    size = max((a.shape[0] for k, a in columns.items() if a.ndim == 1 and wanted(k)), default=0)
+    beside = {k: a.shape for k, a in columns.items() if a.shape != (size,) and not wanted(k)}
+    columns = {name: array for name, array in columns.items() if name not in beside}
+    notes = [f"ignored array {name!r} of shape {shape}" for name, shape in beside.items()]
     for name, array in columns.items():
         if array.shape != (size,):
-            problem = f"the array has shape {array.shape}, expected ({size},), one entry a row"
+            expected = f"({size},), one entry a row" if size else "[E], one entry a row"
+            hint = "" if array.ndim == 1 else ": a column is an array of one axis"
+            problem = f"the array has shape {array.shape}, expected {expected}{hint}"
             raise FileFormatError(path, None, name, problem)
-    return Sheet(path, tuple(columns), tuple(map(array_cells, columns.values())), _row)
+    return Sheet(
+        path, tuple(columns), tuple(map(array_cells, columns.values())), _row, notes=tuple(notes)
+    )
+
+
+def _ends_apart(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns with an array of both ends as two, as libraries of graph networks keep them."""
+    names = [name for name in columns if name.casefold() in _PAIRS]
+    if not names or "source" in columns:
+        return columns
+    name, axis = names[0], _PAIRS[names[0].casefold()]
+    ends = columns.pop(name)
+    if ends.ndim != 2 or ends.shape[axis] != 2:
+        expected = ("(2, E), a row for each end", "(E, 2), a column for each end")[axis]
+        problem = f"the array has shape {ends.shape}, expected {expected}"
+        raise FileFormatError(path, None, name, problem)
+    source, target = np.moveaxis(ends, axis, 0)
+    return {"source": source, "target": target, **columns}
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -587,7 +587,7 @@ def _timed(repeats: int, cell: _Cell, rate: float, told: Mapping[str, Any]) -> d
 
 
 def claims(result: PlanResult) -> Table:
-    """The seeds' claims, and those against L-BFGS, as measured over the suites of a plan.
+    """The design notes' claims, and those against L-BFGS, as measured over the suites of a plan.
 
     Each of `small_gain` and `default` that ran stands against GradNorm and L-BFGS: median ratio of
     steps to 90 % (a method that never got there counts as one step more than the plan allows),
