@@ -8,6 +8,9 @@ from smallgain_jax import penalties as penalties
 from smallgain_jax import presets as presets
 from smallgain_jax.allocation.knapsack import Allocation as Allocation
 from smallgain_jax.allocation.knapsack import allocate as allocate
+from smallgain_jax.graphs.adjoint import AdjointReport as AdjointReport
+from smallgain_jax.graphs.batch import BatchResult as BatchResult
+from smallgain_jax.graphs.batch import relax_batch as relax_batch
 from smallgain_jax.graphs.build import from_edge_list as from_edge_list
 from smallgain_jax.graphs.build import from_networkx as from_networkx
 from smallgain_jax.graphs.build import from_scipy as from_scipy
@@ -32,7 +35,10 @@ from smallgain_jax.graphs.quadratic import QuadraticResult as QuadraticResult
 from smallgain_jax.graphs.quadratic import conjugate_gradients as conjugate_gradients
 from smallgain_jax.graphs.relaxation import RelaxInfo as RelaxInfo
 from smallgain_jax.graphs.relaxation import RelaxResult as RelaxResult
+from smallgain_jax.graphs.relaxation import adjoint_report as adjoint_report
 from smallgain_jax.graphs.relaxation import relax as relax
+from smallgain_jax.graphs.robust import HyperTerm as HyperTerm
+from smallgain_jax.graphs.robust import Robust as Robust
 from smallgain_jax.limits.closed_forms import gradient_descent_limit as gradient_descent_limit
 from smallgain_jax.limits.closed_forms import heavy_ball_limit as heavy_ball_limit
 from smallgain_jax.limits.closed_forms import nesterov_limit as nesterov_limit
@@ -112,6 +118,7 @@ _TOOLS = (
 """Loaded when first asked for: they bring SciPy and matplotlib, which training does not need."""
 
 __all__ = [
+    "AdjointReport",
     "Allocation",
     "AlwaysActive",
     "AsymmetricHinge",
@@ -119,6 +126,7 @@ __all__ = [
     "BalanceInfo",
     "BalanceNewtonInfo",
     "BalanceNewtonState",
+    "BatchResult",
     "Certificate",
     "Curvature",
     "Cycle",
@@ -128,6 +136,7 @@ __all__ = [
     "EnergyGraph",
     "GateBenefit",
     "Hierarchy",
+    "HyperTerm",
     "KappaInfo",
     "KappaState",
     "Landau",
@@ -144,6 +153,7 @@ __all__ = [
     "RelaxInfo",
     "RelaxResult",
     "RelaxStatus",
+    "Robust",
     "Sigmoid",
     "SmallGainInfo",
     "SmallGainState",
@@ -153,6 +163,7 @@ __all__ = [
     "TrainingState",
     "TwoPhaseInfo",
     "TwoPhaseState",
+    "adjoint_report",
     "allocate",
     "auto_cap",
     "balance_flow",
@@ -185,6 +196,7 @@ __all__ = [
     "plots",
     "presets",
     "relax",
+    "relax_batch",
     "relax_in_chunks",
     "report",
     "scenarios",

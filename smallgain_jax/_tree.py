@@ -17,6 +17,13 @@ def select(condition: jax.Array, yes: Any, no: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def still(tree: Any) -> Any:
+    """`tree` with no derivative; leaves that are no floating arrays may be anything."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
+
+
 def all_finite(tree: Any) -> jax.Array:
     """Whether every entry of every floating leaf is finite."""
     leaves = [

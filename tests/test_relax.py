@@ -225,13 +225,13 @@ BAD = [
     (dict(adjoint="magic"), "adjoint = 'magic'"),
     (dict(metric="magic"), "metric = 'magic'"),
     (dict(optimizer=optax.adam), r"optimizer is the function adam.*call it"),
-    (dict(graph=[0.1, 0.2], x0=scenarios.baseline().graph), "graph must be an EnergyGraph"),
+    (dict(objective=[0.1, 0.2], x0=scenarios.baseline().graph), "must be an EnergyGraph or a fun"),
 ]
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(("change", "message"), BAD, ids=range(len(BAD)))
 def test_mistakes_are_named(change, message):
-    good = dict(graph=scenarios.baseline().graph, x0=[0.1, 0.2], steps=1)
+    good = dict(objective=scenarios.baseline().graph, x0=[0.1, 0.2], steps=1)
     with pytest.raises((TypeError, ValueError), match=message):
         sg.relax(**good | change)

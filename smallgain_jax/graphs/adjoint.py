@@ -16,21 +16,23 @@ derivatives only; this rule gives the one on the side of the bound. A coordinate
 is zero is held too: the objective does not determine it, and it stays where it started.
 
 Where the Hessian on the free coordinates is singular or indefinite there is no derivative, and the
-result is NaN, as it is wherever the solve does not reach a relative residual of sqrt(eps).
+result is NaN, as it is wherever the solve does not reach a relative residual of sqrt(eps). A
+derivative has no place for more than that; `adjoint_report` makes the solve and says how it went.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import vdot
+from smallgain_jax._tree import still, vdot
 from smallgain_jax.graphs.descent import Metric
-from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.stopping import projected_step
+from smallgain_jax.search.stopping import length_scale, optimality, projected_step
 
 Product = Callable[[jax.Array], jax.Array]
 
@@ -40,7 +42,7 @@ class Solution(eqx.Module):
 
     x: jax.Array
     slack: jax.Array  # like x: moves below this are rounding, in units of x
-    graph: EnergyGraph
+    objective: Objective
     box: Box
     metric: Metric | None
 
@@ -60,9 +62,9 @@ def _acting(gap: jax.Array) -> jax.Array:
 
 
 def _sides(solution: Solution) -> _Sides:
-    x, graph, box = solution.x, solution.graph, solution.box
-    rows = graph.rows(x, _acting)
-    inside = projected_step(x, graph.gradient(x), rows, box)
+    x, objective, box = solution.x, solution.objective, solution.box
+    rows = objective.rows(x, _acting)
+    inside = projected_step(x, objective.gradient(x), rows, box)
     lower = (x <= box.lower) & (inside <= solution.slack)
     upper = (x >= box.upper) & (inside >= -solution.slack) & ~lower
     return _Sides(lower, upper, ~(lower | upper) & (rows > 0), rows)
@@ -76,7 +78,7 @@ def _placed(x: jax.Array, box: Box, sides: _Sides) -> jax.Array:
 
 @eqx.filter_custom_jvp
 def minimizer(solution: Solution) -> jax.Array:
-    """`solution.x`, with the derivative of the minimizer by every float of graph and box."""
+    """`solution.x`, with the derivative of the minimizer by every float of objective and box."""
     return solution.x
 
 
@@ -85,26 +87,29 @@ def _minimizer_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (solution,), (change,) = primals, tangents
     # once more through this rule: so it has derivatives of its own
     x = minimizer(solution)
-    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
-    fixed = eqx.combine(fixed, solution)
+    fixed = still(solution)
     sides = _sides(fixed)
-    graph = solution.graph
+    objective = solution.objective
 
-    def conditions(graph: EnergyGraph, box: Box) -> tuple[jax.Array, jax.Array]:
+    def conditions(objective: Objective, box: Box) -> tuple[jax.Array, jax.Array]:
         at = _placed(x, box, sides)
-        return jnp.where(sides.free, graph.gradient(at).astype(x.dtype), 0), at
+        return jnp.where(sides.free, objective.gradient(at).astype(x.dtype), 0), at
 
-    def product(v: jax.Array) -> jax.Array:
-        # on held coordinates the rows, so that it is regular
-        bent = jax.jvp(graph.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
-        return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
+    product = partial(_bent, objective, x, sides)
 
     def solve(product: Product, right: jax.Array) -> jax.Array:
-        return _solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
+        answer = solved(product, right, _preconditioner(fixed, sides), _positive(sides.rows))
+        return jnp.where(answer.sound, answer.solution, jnp.nan)
 
-    right, bound = _change(conditions, (graph, solution.box), (change.graph, change.box))
+    right, bound = _change(conditions, (objective, solution.box), (change.objective, change.box))
     move = jax.lax.custom_linear_solve(product, right, solve, symmetric=True)
     return x, jnp.where(sides.free, -move, bound)
+
+
+def _bent(objective: Objective, x: jax.Array, sides: _Sides, v: jax.Array) -> jax.Array:
+    """The free Hessian times v; on held coordinates the rows, so that it is regular."""
+    bent = jax.jvp(objective.gradient, (x,), (jnp.where(sides.free, v, 0),))[1]
+    return jnp.where(sides.free, bent.astype(x.dtype), _positive(sides.rows) * v)
 
 
 @eqx.filter_custom_jvp
@@ -117,13 +122,12 @@ def minimum(value: jax.Array, solution: Solution) -> jax.Array:
 def _minimum_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
     (value, solution), (_, change) = primals, tangents
     x = minimizer(solution)
-    fixed = jax.lax.stop_gradient(eqx.filter(solution, eqx.is_array))
-    sides = _sides(eqx.combine(fixed, solution))
+    sides = _sides(still(solution))
 
-    def energy(graph: EnergyGraph, box: Box) -> jax.Array:
-        return graph.energy(_placed(x, box, sides)).astype(value.dtype)
+    def energy(objective: Objective, box: Box) -> jax.Array:
+        return objective.energy(_placed(x, box, sides)).astype(value.dtype)
 
-    moved = _change(energy, (solution.graph, solution.box), (change.graph, change.box))
+    moved = _change(energy, (solution.objective, solution.box), (change.objective, change.box))
     return minimum(value, solution), moved
 
 
@@ -146,7 +150,7 @@ def _preconditioner(solution: Solution, sides: _Sides) -> Product:
     rows = _positive(sides.rows)
     if solution.metric is None:
         return lambda r: r / rows
-    apply = solution.metric.precondition(solution.graph, solution.x, rows, sides.free)
+    apply = solution.metric.precondition(solution.objective, solution.x, rows, sides.free)
     return lambda r: jnp.where(sides.free, apply(jnp.where(sides.free, r, 0)), r / rows)
 
 
@@ -159,10 +163,17 @@ class _Conjugate(NamedTuple):
     sound: jax.Array  # [] bool, curvature along the last direction was positive
 
 
-def _solved(
-    product: Product, right: jax.Array, precondition: Product, rows: jax.Array
-) -> jax.Array:
-    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952); NaN where they fail.
+class Answer(NamedTuple):
+    """What conjugate gradients found."""
+
+    solution: jax.Array
+    steps: jax.Array  # [] int32
+    residual: jax.Array  # [] of the solution, relative, in the norm of the preconditioner
+    sound: jax.Array  # [] bool, it is small enough
+
+
+def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.Array) -> Answer:
+    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952).
 
     Steps until the residual, in the preconditioner's norm, is eps^(3/4) of the right side; what
     is asked of the answer, by a residual computed afresh, is sqrt(eps).
@@ -192,7 +203,36 @@ def _solved(
     begin = _Conjugate(
         jnp.zeros_like(right), right, scaled, norm, jnp.zeros((), jnp.int32), jnp.ones((), bool)
     )
-    found = jax.lax.while_loop(going, step, begin).solution
-    rest = right - product(found)
-    # not <=: a NaN on the way must not pass
-    return jnp.where(vdot(rest, precondition(rest)) <= eps * norm, found, jnp.nan)
+    end = jax.lax.while_loop(going, step, begin)
+    rest = right - product(end.solution)
+    left = vdot(rest, precondition(rest))
+    relative = jnp.sqrt(left / jnp.where(norm > 0, norm, 1))
+    # not >: a NaN on the way must not pass
+    return Answer(end.solution, end.steps, relative, left <= eps * norm)
+
+
+class AdjointReport(NamedTuple):
+    """How the linear solve behind a derivative of the minimizer goes."""
+
+    sound: jax.Array  # [] bool; where False, derivatives that need this solve are NaN
+    residual: jax.Array  # [] relative to the right side, in the norm of the preconditioner
+    iterations: jax.Array  # [] int32, Hessian-vector products
+    free: jax.Array  # [] int32, coordinates that no bound holds
+    optimality: jax.Array  # [] of x as `RelaxInfo` has it: the derivative is that of a minimizer
+
+
+def reported(solution: Solution, cotangent: jax.Array) -> AdjointReport:
+    """The solve of the adjoint system for one cotangent, as reverse mode makes it."""
+    sides = _sides(solution)
+    right = jnp.where(sides.free, cotangent, 0)
+    product = partial(_bent, solution.objective, solution.x, sides)
+    answer = solved(product, right, _preconditioner(solution, sides), _positive(sides.rows))
+    gradient = solution.objective.gradient(solution.x)
+    step = projected_step(solution.x, gradient, sides.rows, solution.box)
+    return AdjointReport(
+        answer.sound,
+        answer.residual,
+        answer.steps,
+        jnp.sum(sides.free),
+        optimality(step, length_scale(solution.x, step, solution.box)),
+    )

@@ -18,8 +18,9 @@ import optax
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
-from smallgain_jax.graphs.graph import EnergyGraph, Evaluation, alike
-from smallgain_jax.search.armijo import Search, Trial, armijo
+from smallgain_jax.graphs.graph import Evaluation, alike
+from smallgain_jax.graphs.objective import Objective
+from smallgain_jax.graphs.step import Here, prices_of, searched
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.guard import directional_curvature, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
@@ -46,7 +47,7 @@ class Metric(Protocol):
     """What conditions a gradient better than the rows alone, such as a hierarchy of aggregates."""
 
     def precondition(
-        self, graph: EnergyGraph, x: jax.Array, rows: jax.Array, free: jax.Array
+        self, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
     ) -> Callable[[jax.Array], jax.Array]:
         """A linear map g -> z, symmetric and positive definite on the free coordinates.
 
@@ -88,28 +89,8 @@ class MajorizedDescentState(NamedTuple):
     info: DescentInfo
 
 
-class _Here(NamedTuple):
-    """The objective around the parameters."""
-
-    graph: EnergyGraph
-    x: jax.Array
-    value: jax.Array  # []
-    gradient: jax.Array  # like x, on held nodes too
-    magnitude: jax.Array  # []
-    rows: jax.Array  # like x
-    box: Box
-
-    @property
-    def held(self) -> jax.Array:
-        return self.box.blocks(self.x, -self.gradient)
-
-    @property
-    def free_gradient(self) -> jax.Array:
-        return jnp.where(self.held, 0, self.gradient)
-
-
 def majorized_descent(
-    graph: EnergyGraph,
+    graph: Objective,
     *,
     smoothing: Activity | float | None = SMOOTHING,
     bounds: tuple[Any, Any] | None = None,
@@ -144,8 +125,8 @@ def majorized_descent(
     Raises:
       ValueError: `update` without params.
 
-    >>> from smallgain_jax import Landau, Quadratic
-    >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
+    >>> import smallgain_jax as sg
+    >>> graph = sg.EnergyGraph(sg.Landau(a=jnp.array([1.0, 1.0])), [sg.Quadratic([0], [1], 0.5)])
     >>> optimizer, x = majorized_descent(graph), jnp.array([1.0, -1.0])
     >>> updates, _ = optimizer.update(graph.gradient(x), optimizer.init(x), x)
     >>> graph.energy(optax.apply_updates(x, updates)).round(6).item()
@@ -167,7 +148,7 @@ def majorized_descent(
         *,
         value: jax.Array | None = None,
         bounds: tuple[Any, Any] | None = None,
-        graph: EnergyGraph | None = None,
+        graph: Objective | None = None,
         evaluation: Evaluation | None = None,
         **extra_args: Any,
     ) -> tuple[jax.Array, MajorizedDescentState]:
@@ -183,7 +164,7 @@ def majorized_descent(
         # rows that have never misled a step need none
         memory = jnp.where(state.info.total_backtracks > 0, MEMORY, 0.0)
         rows = jnp.maximum(state.rows, memory.astype(x.dtype) * state.prices)
-        here = _Here(graph, x, *evaluation, rows, box)
+        here = Here(graph, x, *evaluation, rows, box)
         step, new_state = _step(here, state, metric, max_backtracks)
         new_state = new_state._replace(rows=graph.rows(x + step, smoothing))
         return step.astype(updates.dtype), cast_like(new_state, state)
@@ -192,7 +173,7 @@ def majorized_descent(
 
 
 @eqx.filter_jit
-def _rows(graph: EnergyGraph, x: jax.Array, smoothing: Activity | float | None) -> jax.Array:
+def _rows(graph: Objective, x: jax.Array, smoothing: Activity | float | None) -> jax.Array:
     return graph.rows(x, smoothing)
 
 
@@ -235,14 +216,14 @@ def _zero_state(params: Any) -> MajorizedDescentState:
 
 
 def _step(
-    here: _Here, state: MajorizedDescentState, metric: Metric | None, max_backtracks: int
+    here: Here, state: MajorizedDescentState, metric: Metric | None, max_backtracks: int
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
-    prices = _prices(here, free)
+    prices = prices_of(here, free)
     scaled = _scaled(here, free, prices, metric)
     direction, restarted = _direction(here, state, free, scaled)
     length = _length(here, free, direction, prices)
-    search = _search(here, direction * length, max_backtracks)
+    search = searched(here, direction * length, max_backtracks)
 
     moved, reached = search.trial.aux
     accepted = search.accepted
@@ -277,30 +258,19 @@ def _step(
     return step, new_state
 
 
-def _prices(here: _Here, gradient: jax.Array) -> jax.Array:
-    """D, kept away from zero: no row asks for more than the width of the box."""
-    rows, box = here.rows, here.box
-    width = jnp.asarray(box.upper, rows.dtype) - jnp.asarray(box.lower, rows.dtype)
-    reach = jnp.abs(gradient) / jnp.where(width > 0, width, 1)
-    # only what has no curvature at all is measured by the others'
-    floor = jnp.where(rows > 0, 0, jnp.finfo(rows.dtype).eps * jnp.max(rows, initial=0.0))
-    prices = jnp.maximum(jnp.maximum(rows, reach), floor)
-    return jnp.where(prices > 0, prices, 1)
-
-
-def _scaled(here: _Here, free: jax.Array, prices: jax.Array, metric: Metric | None) -> jax.Array:
+def _scaled(here: Here, free: jax.Array, prices: jax.Array, metric: Metric | None) -> jax.Array:
     """z: the gradient on the free nodes as the metric sees it."""
     divided = free / prices
     if metric is None:
         return divided
-    apply = metric.precondition(here.graph, here.x, prices, ~here.held)
+    apply = metric.precondition(here.objective, here.x, prices, ~here.held)
     scaled = jnp.where(here.held, 0, apply(free))
     # where curvature is negative a metric built from it need not descend
     return jnp.where(vdot(scaled, free) > 0, scaled, divided)
 
 
 def _direction(
-    here: _Here, state: MajorizedDescentState, gradient: jax.Array, scaled: jax.Array
+    here: Here, state: MajorizedDescentState, gradient: jax.Array, scaled: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
     steepest = vdot(scaled, gradient)
@@ -313,26 +283,11 @@ def _direction(
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
-def _length(here: _Here, gradient: jax.Array, direction: jax.Array, prices: jax.Array) -> jax.Array:
+def _length(here: Here, gradient: jax.Array, direction: jax.Array, prices: jax.Array) -> jax.Array:
     """Minimizer of the quadratic model along the direction."""
-    measured = directional_curvature(here.graph.energy, here.x, direction)
+    measured = directional_curvature(here.objective.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
     measured += vdot((prices - here.rows) * direction, direction)
     majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
     return -vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
-
-
-def _search(here: _Here, move: jax.Array, max_backtracks: int) -> Search:
-    def trial(step: jax.Array) -> Trial:
-        candidate = here.box.project(here.x + step * move)
-        reached = here.graph.evaluate(candidate)
-        finite = jnp.all(jnp.isfinite(reached.gradient))
-        reached = reached._replace(value=jnp.where(finite, reached.value, jnp.inf))
-        moved = candidate - here.x
-        slope, end_slope = (vdot(g, moved) for g in (here.gradient, reached.gradient))
-        return Trial(reached.value, slope, (moved, reached), end_slope)
-
-    eps = jnp.finfo(here.value.dtype).eps
-    resolution = eps * jnp.maximum(here.magnitude, jnp.abs(here.value))
-    return armijo(trial, here.value, max_backtracks=max_backtracks, resolution=resolution)

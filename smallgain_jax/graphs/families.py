@@ -67,17 +67,21 @@ def _edges(i: Numbers, j: Numbers, weight: Numbers) -> tuple[jax.Array, ...]:
         if loops.size:
             k = int(loops[0])
             raise ValueError(f"i[{k}] = j[{k}] = {int(i[k])}: an edge must join two distinct nodes")
-    weight = _per_edge("weight", weight, i.shape, low=0.0)
+    weight = per_term("weight", weight, i.shape, low=0.0)
     return i, j, weight
 
 
-def _per_edge(
+def per_term(
     name: str, value: Numbers, shape: tuple[int, ...], *, low: float | None = None
 ) -> jax.Array:
+    """A parameter of every term; below `low` an error, or NaN where it is traced."""
     array = as_float(name, value)
     if array.shape not in ((), shape):
         raise ValueError(f"{name} has shape {array.shape}, expected () or {shape}, one per edge")
     check_finite(name, array, low=low)
+    if low is not None and not is_concrete(array):
+        # what would have been an error had it been known before
+        array = jnp.where(array >= low, array, jnp.nan)
     return broadcast(array, shape)
 
 
@@ -160,8 +164,8 @@ class AsymmetricHinge(EdgeFamily):
         beta_j: Numbers = 1.0,
     ) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
-        self.alpha_i = _per_edge("alpha_i", alpha_i, self.i.shape)
-        self.beta_j = _per_edge("beta_j", beta_j, self.i.shape)
+        self.alpha_i = per_term("alpha_i", alpha_i, self.i.shape)
+        self.beta_j = per_term("beta_j", beta_j, self.i.shape)
 
     def gap(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         return self.beta_j * x_j - self.alpha_i * x_i
@@ -194,7 +198,7 @@ class GateBenefit(EdgeFamily):
 
     def __init__(self, i: Numbers, j: Numbers, weight: Numbers = 1.0, delta: Numbers = 0.0) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
-        self.delta = _per_edge("delta", delta, self.i.shape)
+        self.delta = per_term("delta", delta, self.i.shape)
 
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         return -jnp.sum(x_i) * self.delta
@@ -259,11 +263,11 @@ class DampedGateBenefit(EdgeFamily):
     ) -> None:
         self.i, self.j, self.weight = _edges(i, j, weight)
         shape = self.i.shape
-        self.delta = _per_edge("delta", delta, shape)
-        self.damping = _per_edge("damping", damping, shape)
-        self.eta_power = _per_edge("eta_power", eta_power, shape, low=1.0)
-        self.positive_scale = _per_edge("positive_scale", positive_scale, shape)
-        self.negative_scale = _per_edge("negative_scale", negative_scale, shape)
+        self.delta = per_term("delta", delta, shape)
+        self.damping = per_term("damping", damping, shape)
+        self.eta_power = per_term("eta_power", eta_power, shape, low=1.0)
+        self.positive_scale = per_term("positive_scale", positive_scale, shape)
+        self.negative_scale = per_term("negative_scale", negative_scale, shape)
 
     def pair_energy(self, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         scale = jnp.where(self.delta >= 0, self.positive_scale, self.negative_scale)
@@ -370,7 +374,8 @@ class PairTerm(EdgeFamily):
     def priced_energy(
         self, x_i: jax.Array, x_j: jax.Array, activity: jax.Array | None
     ) -> jax.Array:
-        energy = self._of(self.fn, x_i, x_j)
+        # a robust kernel bends down beyond its scale: it is priced by what majorizes it
+        energy = self._of(getattr(self.fn, "majorizer", self.fn), x_i, x_j)
         return energy if activity is None else activity * energy
 
     @property

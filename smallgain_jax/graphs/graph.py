@@ -387,11 +387,16 @@ class EnergyGraph(eqx.Module):
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
 
 
-def alike(a: EnergyGraph, b: EnergyGraph) -> bool:
-    """Whether two graphs differ in numbers alone."""
+def alike(a: Any, b: Any) -> bool:
+    """Whether two graphs, or other objectives, differ in numbers alone."""
     ours: Any = jax.tree.structure(a)
-    shapes = partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)))
-    return bool(ours == jax.tree.structure(b)) and bool(shapes(a) == shapes(b))
+
+    def kind(leaf: Any) -> Any:
+        # leaves that are no arrays, such as the program of a function, are the same or not
+        return (jnp.shape(leaf), jnp.result_type(leaf)) if eqx.is_array_like(leaf) else leaf
+
+    kinds = partial(jax.tree.map, kind)
+    return bool(ours == jax.tree.structure(b)) and bool(kinds(a) == kinds(b))
 
 
 def _ends(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import cast_like
+from smallgain_jax._tree import still
 from smallgain_jax.graphs.descent import SMOOTHING
-from smallgain_jax.graphs.graph import EnergyGraph, Evaluation
+from smallgain_jax.graphs.graph import Evaluation
+from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import RelaxStatus, length_scale, optimality, projected_step
 
@@ -37,7 +39,7 @@ class Informed(Protocol):
 class Run(NamedTuple):
     """What stays the same from step to step."""
 
-    graph: EnergyGraph
+    objective: Objective
     optimizer: optax.GradientTransformationExtraArgs
     box: Box | None
     tol: jax.Array  # []
@@ -77,14 +79,14 @@ def start(run: Run, x0: jax.Array, state: Any) -> Iterate:
     """The first iterate, at x0 or where `state` left off."""
     x = run.walls.project(x0)
     if state is None:
-        state, here = run.optimizer.init(x), run.graph.evaluate(x)
+        state, here = run.optimizer.init(x), run.objective.evaluate(x)
     elif isinstance(state, Informed):
         here, state = _continued(run, x, state)
     else:
         here = _evaluate(run, x, state)
     here = _cast(here, x)
     informed = isinstance(state, Informed)
-    rows = state.rows if informed else run.graph.rows(x, SMOOTHING)
+    rows = state.rows if informed else run.objective.rows(x, SMOOTHING)
     rows = jax.lax.stop_gradient(rows.astype(x.dtype))
     step = projected_step(*jax.lax.stop_gradient((x, here.gradient)), rows, run.walls)
     zero = jnp.zeros((), jnp.int32)
@@ -112,8 +114,8 @@ def _continued(run: Run, x: jax.Array, state: Any) -> tuple[Evaluation, Any]:
             f"state is of parameters of shape {state.grad.shape}, not {x.shape}: it goes on with "
             "the graph and the x that it was made for"
         )
-    fresh = _cast(run.graph.evaluate(x), x)
-    rows = run.graph.rows(x, SMOOTHING).astype(x.dtype)
+    fresh = _cast(run.objective.evaluate(x), x)
+    rows = run.objective.rows(x, SMOOTHING).astype(x.dtype)
     rounding = SAME * jnp.finfo(x.dtype).eps * (jnp.abs(fresh.gradient) + rows * (1 + jnp.abs(x)))
     same = jnp.isfinite(state.value) & jnp.all(jnp.abs(state.grad - fresh.gradient) <= rounding)
     stored = _cast(Evaluation(state.value, state.grad, state.magnitude), x)
@@ -137,7 +139,7 @@ def loop(run: Run, first: Iterate, limit: jax.Array, capacity: int) -> Path:
         return ~path.end.ended & (path.end.steps < limit)
 
     def step(path: Path) -> Path:
-        end = _advance(run, path.end)
+        end = advance(run, path.end)
         energies = path.energies.at[end.steps].set(end.here.value)
         keep = partial(jax.tree.map, lambda all_, one: all_.at[end.steps - 1].set(one))
         return Path(end, energies, keep(path.history, run.record(end.state)))
@@ -157,7 +159,7 @@ def unrolled(run: Run, first: Iterate, steps: int) -> Path:
 
     def step(iterate: Iterate, _: None) -> tuple[Iterate, Any]:
         over = iterate.ended | (iterate.steps >= steps)
-        iterate = jax.lax.cond(over, lambda it: it, partial(_advance, run), iterate)
+        iterate = jax.lax.cond(over, lambda it: it, partial(advance, run), iterate)
         return iterate, (iterate.here.value, run.record(iterate.state))
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -182,7 +184,7 @@ def _filled(run: Run, path: Path, capacity: int) -> Path:
     return Path(path.end, energies, jax.tree.map(fill, path.history, last))
 
 
-def _advance(run: Run, it: Iterate) -> Iterate:
+def advance(run: Run, it: Iterate) -> Iterate:
     """One update of the optimizer, projected, and what is known there."""
     free = jnp.where(run.walls.blocks(it.x, -it.here.gradient), 0, it.here.gradient)
     updates, state = run.optimizer.update(
@@ -194,7 +196,7 @@ def _advance(run: Run, it: Iterate) -> Iterate:
         value_fn=partial(_projected_energy, run),
         bounds=None if run.box is None else tuple(run.box),
         # as an argument: what an optimizer closes over would be folded in as constants
-        graph=run.graph,
+        graph=run.objective,
         evaluation=it.here,
     )
     x = run.walls.project(optax.apply_updates(it.x, updates))
@@ -207,7 +209,7 @@ def _projected_energy(
 ) -> jax.Array:
     # optax's line searches insist that value_fn names every extra argument of update
     del bounds, graph, evaluation
-    return run.graph.energy(run.walls.project(x))
+    return run.objective.energy(run.walls.project(x))
 
 
 def _evaluate(run: Run, x: jax.Array, state: Any) -> Evaluation:
@@ -218,7 +220,7 @@ def _evaluate(run: Run, x: jax.Array, state: Any) -> Evaluation:
         value, gradient = energy(x, state=state)
         return Evaluation(value, gradient, jnp.abs(value))
     # a stored gradient would be that of the projected objective, blind beyond the bound
-    return run.graph.evaluate(x)
+    return run.objective.evaluate(x)
 
 
 def _cast(here: Evaluation, x: jax.Array) -> Evaluation:
@@ -234,7 +236,7 @@ def _stores_gradient(state: Any) -> bool:
 def _judged(run: Run, it: Iterate) -> Iterate:
     """Whether it has ended here, and why."""
     x, gradient = jax.lax.stop_gradient((it.x, it.here.gradient))
-    walls, graph = jax.lax.stop_gradient((run.walls, run.graph))
+    walls, objective = still((run.walls, run.objective))
 
     def measure(rows: jax.Array) -> jax.Array:
         return optimality(projected_step(x, gradient, rows, walls), it.scale)
@@ -242,17 +244,19 @@ def _judged(run: Run, it: Iterate) -> Iterate:
     if isinstance(it.state, Informed):
         rows = jax.lax.stop_gradient(it.state.rows.astype(x.dtype))
         stalled = it.state.stalled
+        # a small priced step may be the foot of a long valley: the value must rest as well
+        rests = stalled | (getattr(it.state, "decrease", 0.0) <= run.tol)
     else:
         # new rows cost as much as a step: those known serve until it has converged by them
         rows = jax.lax.cond(
             measure(it.rows) <= run.tol,
-            lambda: graph.rows(x, SMOOTHING).astype(x.dtype),
+            lambda: objective.rows(x, SMOOTHING).astype(x.dtype),
             lambda: it.rows,
         )
-        stalled = jnp.zeros((), bool)
+        stalled, rests = jnp.zeros((), bool), jnp.ones((), bool)
     reached = measure(rows)
     finite = jnp.isfinite(it.here.value) & jnp.all(jnp.isfinite(gradient))
     status = jnp.where(stalled, RelaxStatus.STALLED, RelaxStatus.STEPS)
-    status = jnp.where(reached <= run.tol, RelaxStatus.CONVERGED, status)
+    status = jnp.where((reached <= run.tol) & rests, RelaxStatus.CONVERGED, status)
     status = jnp.where(finite, status, RelaxStatus.NOT_FINITE).astype(jnp.int32)
     return it._replace(rows=rows, status=status, optimality=reached)

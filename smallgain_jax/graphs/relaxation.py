@@ -1,5 +1,6 @@
-"""Relaxation of an energy graph: optax updates inside a box, and the minimizer's derivative."""
+"""Relaxation of an energy graph or a function over a box, and the minimizer's derivative."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -8,17 +9,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, check_finite, check_optimizer, is_concrete
+from smallgain_jax._checks import check_optimizer, is_concrete
 from smallgain_jax._show import shows
+from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
-from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
+from smallgain_jax.graphs.adjoint import AdjointReport, Solution, minimizer, minimum, reported
 from smallgain_jax.graphs.choice import MetricChoice, choose_metric
-from smallgain_jax.graphs.descent import Metric, majorized_descent
+from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.search.box import Box
-from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
+from smallgain_jax.graphs.objective import Function
+from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, walls_of
+from smallgain_jax.search.stopping import (
+    RelaxStatus,
+    default_tolerance,
+    length_scale,
+    projected_step,
+)
 
 ADJOINTS = ("implicit", "unrolled")
 
@@ -38,62 +45,77 @@ class RelaxInfo(NamedTuple):
 class RelaxResult(NamedTuple):
     """Outcome of `relax`."""
 
-    x: jax.Array  # [n] or [n, d], the last accepted state
+    x: Any  # like x0, the last accepted state
     energy: jax.Array  # [steps + 1] reference energy of each accepted state, start included
     info: RelaxInfo
     state: Any  # the optimizer's state, to continue from
 
 
 def relax(
-    graph: EnergyGraph,
-    x0: ArrayLike,
+    objective: EnergyGraph | Callable[..., jax.Array],
+    x0: Any,
     optimizer: optax.GradientTransformation | None = None,
     steps: int = 100,
-    bounds: tuple[ArrayLike, ArrayLike] | None = (0.0, 1.0),
+    bounds: tuple[Any, Any] | str | None = "default",
     *,
+    args: tuple[Any, ...] = (),
+    rows: Any = None,
     tol: float | jax.Array | None = None,
     adjoint: str = "implicit",
     metric: str | Metric = "rows",
     record: Any = None,
     state: Any = None,
 ) -> RelaxResult:
-    r"""Minimize a graph's reference energy over a box.
+    r"""Minimize a graph's reference energy, or any function of a pytree, over a box.
 
-    Steps $x \leftarrow P(x + u)$, u the optimizer's update for the gradient on the free nodes
-    (those not held at a bound), until the tolerance is met, the optimizer says that it is stalled,
-    or the steps are used up; after that nothing is computed. Jittable; `vmap` relaxes a batch,
-    which goes on until its last member has ended. Line searches inside an optimizer see the energy
-    of the projected state.
+    `relax(graph, x0)` or `relax(fn, x0, args=...)`. Steps $x \leftarrow P(x + u)$, u the
+    optimizer's update for the gradient on the free coordinates (those not held at a bound), until
+    the tolerance is met, the optimizer says that it is stalled, or the steps are used up; after
+    that nothing is computed. Jittable; `vmap` relaxes a batch, which goes on until its last member
+    has ended. Line searches inside an optimizer see the energy of the projected state.
 
-    **Optimality** is the largest step that the rows D of the Hessian still favour,
-    $\max_r |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the
-    box, or without one to the largest entry of the start or of the first such step. It is a number
-    without unit, and does not change when the energy is multiplied by one. On badly conditioned
-    graphs the distance to the minimizer may be larger by up to the condition number.
+    **Optimality** is the largest step that the rows D of the Hessian still favour, $\max_r
+    |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the box, or
+    without one to the largest entry of the start or of the first such step. It is a number without
+    unit, and does not change when the energy is multiplied by one. On badly conditioned problems
+    the distance to the minimizer may be larger by up to the condition number; so a function's own
+    method also waits until its value falls by no more than `tol` of itself.
+
+    **Functions** are minimized by projected, truncated Newton steps (`graphs.newton`): they must be
+    differentiable twice, in reverse and then forwards. D is what the caller gives as `rows`, the
+    absolute row sums of the Hessian up to 64 unknowns, and beyond that a stochastic estimate, which
+    certifies nothing: it only conditions steps and scales optimality. The line search sees to it
+    that accepted values do not rise.
 
     **Derivatives.** With `adjoint="implicit"`, `x` has the derivative of the minimizer by every
-    float of the graph and the bounds, whichever optimizer found it: one linear solve with the
-    Hessian on the free nodes, forwards or in reverse, at the memory of one gradient; the last
-    energy has that of the minimum. Start, `info`, `state` and earlier energies have none. This is
-    right where `info.converged` holds, and only there; where the minimizer has no derivative the
-    result is NaN (`graphs.adjoint` states the rules). With `adjoint="unrolled"`, everything is
-    differentiated through the steps that were made, start included: for runs that are meant to
-    stop early. It has no early exit, its memory grows with the square root of the steps, and
-    optimizers with loops of their own, such as optax's line searches, are differentiated only
-    forwards.
+    float of the graph (of `args`, and of what a function closes over) and the bounds, whichever
+    optimizer found it: one linear solve with the Hessian on the free nodes, forwards or in reverse,
+    at the memory of one gradient; the last energy has that of the minimum. Start, `info`, `state`
+    and earlier energies have none. This is right where `info.converged` holds, and only there;
+    where the minimizer has no derivative the result is NaN (`graphs.adjoint` states the rules,
+    `adjoint_report` says how the solve goes). With `adjoint="unrolled"`, everything is
+    differentiated through the steps that were made, start included: for runs that are meant to stop
+    early. It has no early exit, its memory grows with the square root of the steps, and optimizers
+    with loops of their own, such as optax's line searches, are differentiated only forwards.
 
     Args:
-      graph: the energy.
-      x0: start [n] or [n, d], taken in the dtype of its energy; projected onto the box first.
-      optimizer: any optax transformation; None is `majorized_descent`, the library's best.
+      objective: an `EnergyGraph`, or a function `fn(x, *args)` with a real scalar value.
+      x0: start [n] or [n, d] of a graph, any pytree of arrays for a function; taken in the dtype of
+        its value, and projected onto the box first.
+      optimizer: any optax transformation (it sees a function's x as one vector); None is the
+        library's best, `majorized_descent` for graphs and Newton steps for functions.
       steps: most updates to make. Programs are shared between up to twice as many, unless
         something is recorded.
-      bounds: (lower, upper), scalars or shaped like x0; None for no box.
+      bounds: (lower, upper), each a scalar or like x0 (for a pytree, leaves may be scalars); None
+        for no box. The default is (0, 1) for a graph and no box for a function.
+      args: further arguments of a function.
+      rows: D of a function where it is known: a tree like x0 (leaves may be scalars), non-negative,
+        or a function `rows(x, *args)` that gives one. It need not bound anything.
       tol: the optimality to reach; None is eps^(2/3) of the dtype (4e-11 in double precision, 2e-5
         in single), 0 goes on until stalled. Entries of `energy` after the end repeat the last.
       adjoint: "implicit" or "unrolled".
-      metric: what conditions the gradient, in the steps of the default optimizer and in the
-        implicit adjoint: "rows"; an object with a method
+      metric: what conditions the gradient of a graph, in the steps of the default optimizer and in
+        the implicit adjoint: "rows"; an object with a method
         `precondition(graph, x, rows, free) -> (g -> z)`, as `multilevel(graph)`; or "auto", which
         asks `choose_metric` (on the host, at every call: keep its answer for many).
       record: `record(optimizer_state) -> pytree`, taken after every update into `info.history`.
@@ -101,36 +123,30 @@ def relax(
         graph, or of other parameters, is forgotten.
 
     Returns:
-      `RelaxResult(x, energy [steps + 1], info, state)`.
+      `RelaxResult(x, energy [steps + 1], info, state)`, x like x0. A value or gradient that is not
+      finite at an iterate ends the run, `info.status` says so; so do traced bounds that cross, and
+      traced weights below zero, with NaN in `energy`.
 
     Raises:
-      TypeError: arguments in another order, or an optimizer's factory in place of an optimizer.
-      ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, or an
-        unknown `adjoint` or `metric`.
+      TypeError: arguments in another order, an optimizer's factory in place of an optimizer, x0
+        with leaves that are no arrays, or a function whose value is none.
+      ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, bounds or
+        rows of another tree, or an unknown `adjoint` or `metric`.
 
     >>> from smallgain_jax import Landau, Quadratic
     >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
     >>> result = relax(graph, jnp.array([1.0, 0.5]))
     >>> result.x.round(4).tolist(), RelaxStatus(int(result.info.status)).name
     ([0.0, 0.0], 'CONVERGED')
+    >>> valley = lambda x, a: (1 - x["u"]) ** 2 + a * (x["v"] - x["u"] ** 2) ** 2
+    >>> found = relax(valley, {"u": -1.2, "v": 1.0}, args=(100.0,), bounds=(-2.0, 0.5))
+    >>> {name: round(float(leaf), 4) for name, leaf in found.x.items()}
+    {'u': 0.5, 'v': 0.25}
     """
-    metric = _chosen(metric, graph, x0)
-    _check(graph, optimizer, steps, tol, adjoint, metric)
-    x0 = as_float("x0", x0)
-    if x0.ndim not in (1, 2) or x0.shape[0] != graph.num_nodes:
-        raise ValueError(
-            f"x0 has shape {x0.shape}, expected [{graph.num_nodes}] or [{graph.num_nodes}, d]"
-        )
-    check_finite("x0", x0)
-    problem = _Problem(
-        graph,
-        x0,
-        optimizer,
-        _box(bounds, x0),
-        None if isinstance(metric, str) else metric,
-        record,
-        state,
-    )
+    metric = _chosen(metric, objective, x0)
+    _check(objective, optimizer, steps, tol, adjoint, metric)
+    better = None if isinstance(metric, str) else metric
+    problem = Problem(*posed(objective, x0, bounds, args, rows), optimizer, better, record, state)
     data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     leaves, structure = jax.tree.flatten(rest)
     # history has a static size: of a power of two, so that other steps need no other program
@@ -142,32 +158,18 @@ def relax(
     return result if capacity == steps else result._replace(energy=result.energy[: steps + 1])
 
 
-class _Problem(NamedTuple):
-    graph: EnergyGraph
-    x0: jax.Array
-    optimizer: optax.GradientTransformation | None
-    box: Box | None
-    metric: Metric | None
-    record: Any
-    state: Any
-
-
 def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
     """The metric that "auto" or a `MetricChoice` stands for."""
-    if isinstance(metric, str) and metric == "auto" and isinstance(graph, EnergyGraph):
-        metric = choose_metric(graph, x0)
+    if isinstance(metric, str) and metric == "auto":
+        metric = choose_metric(graph, x0) if isinstance(graph, EnergyGraph) else "rows"
     if isinstance(metric, MetricChoice):
         metric = metric.hierarchy
     return "rows" if metric is None else metric
 
 
 def _check(
-    graph: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
+    objective: Any, optimizer: Any, steps: int, tol: Any, adjoint: str, metric: str | Metric
 ) -> None:
-    if not isinstance(graph, EnergyGraph):
-        raise TypeError(
-            f"graph must be an EnergyGraph, got {type(graph).__name__}: relax(graph, x0, ...)"
-        )
     if optimizer is not None:
         check_optimizer("optimizer", optimizer)
     if not isinstance(optimizer, optax.GradientTransformation | None):
@@ -189,30 +191,8 @@ def _check(
             f"metric = {metric!r} is unknown: 'rows', 'auto', or an object with a method "
             "precondition, as sg.multilevel(graph)"
         )
-
-
-def _box(bounds: Any, x0: jax.Array) -> Box | None:
-    if bounds is None:
-        return None
-    if not isinstance(bounds, tuple | list) or len(bounds) != 2:
-        raise TypeError("bounds must be a pair (lower, upper) or None")
-    if isinstance(bounds, list) and all(isinstance(end, tuple) for end in bounds):
-        raise TypeError(
-            "bounds is a list of pairs, one a node: give the pair (lower, upper), each a number "
-            "or shaped like x0"
-        )
-    for name, end in zip(("lower", "upper"), bounds, strict=True):
-        if jnp.shape(end) not in ((), x0.shape):
-            raise ValueError(
-                f"bounds: {name} has shape {jnp.shape(end)}, expected () or {x0.shape}"
-            )
-        # on the host: inside jit, an operation on known arrays gives an unknown one
-        if is_concrete(end) and np.isnan(np.asarray(end, float)).any():
-            raise ValueError(f"bounds: {name} must not be NaN")
-    lower, upper = bounds
-    if is_concrete((lower, upper)) and not np.all(np.asarray(lower) <= np.asarray(upper)):
-        raise ValueError("bounds: lower must not exceed upper")
-    return Box(jnp.asarray(lower), jnp.asarray(upper))
+    if not isinstance(metric, str) and not isinstance(objective, EnergyGraph):
+        raise ValueError("metric is for graphs: what conditions a function is given as rows")
 
 
 @partial(jax.jit, static_argnums=(3, 4, 5, 6))
@@ -225,53 +205,97 @@ def _compiled(
     capacity: int,
     adjoint: str,
 ) -> RelaxResult:
-    problem = _Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
-    # in here: tracing the energy at every call would cost more than many a relaxation
-    dtype = jax.eval_shape(problem.graph.energy, problem.x0).dtype
-    box = None if problem.box is None else Box(*(end.astype(dtype) for end in problem.box))
-    problem = problem._replace(x0=problem.x0.astype(dtype), box=box)
+    problem = Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
+    problem = settled(problem)
+    dtype = problem.x0.dtype
     tol = jax.lax.stop_gradient(
         jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
     )
     if adjoint == "unrolled":
-        run = _run(problem, tol)
+        run = run_of(problem, tol, adjoint)
         first = iteration.start(run, problem.x0, problem.state)
         path = iteration.unrolled(run, first, capacity)
-        return _result(path, path.end.x, path.energies)
-    path = _still(lambda: _looped(problem, tol, limit, capacity))()
+        return _result(problem, path, path.end.x, path.energies)
+    # no derivative by anything that it closes over, an optimizer's closures included
+    path = still(eqx.filter_closure_convert(partial(_looped, problem, tol, limit, capacity)))()
     end = path.end
-    walls = Box(jnp.asarray(-jnp.inf, dtype), jnp.asarray(jnp.inf, dtype)) if box is None else box
-    solution = Solution(end.x, tol * end.scale, problem.graph, walls, problem.metric)
+    solution = Solution(
+        end.x, tol * end.scale, problem.objective, walls_of(problem), problem.metric
+    )
     value = minimum(end.here.value, solution)
     energies = jnp.where(jnp.arange(capacity + 1) >= end.steps, value, path.energies)
-    return _result(path, minimizer(solution), energies)
+    return _result(problem, path, minimizer(solution), energies)
 
 
-def _run(problem: _Problem, tol: jax.Array) -> iteration.Run:
-    optimizer = problem.optimizer
-    if optimizer is None:
-        optimizer = majorized_descent(problem.graph, metric=problem.metric)
-    record = problem.record or (lambda _: None)
-    optimizer = optax.with_extra_args_support(optimizer)
-    return iteration.Run(problem.graph, optimizer, problem.box, tol, record)
-
-
-def _looped(problem: _Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
-    run = _run(problem, tol)
+def _looped(problem: Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:
+    run = run_of(problem, tol)
     first = iteration.start(run, problem.x0, problem.state)
     return iteration.loop(run, first, limit, capacity)
 
 
-def _still(fn: Any) -> Any:
-    """`fn` with no derivative by anything that it closes over, an optimizer's closures included."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf,
-        eqx.filter_closure_convert(fn),
-    )
-
-
-def _result(path: iteration.Path, x: jax.Array, energies: jax.Array) -> RelaxResult:
-    end = path.end
+def _result(
+    problem: Problem, path: iteration.Path, x: jax.Array, energies: jax.Array
+) -> RelaxResult:
+    end, objective = path.end, problem.objective
+    if isinstance(objective, Function):
+        x = objective.layout.unravel(x)
     converged = end.status == RelaxStatus.CONVERGED
     info = RelaxInfo(end.steps, converged, end.status, end.optimality, path.history)
     return RelaxResult(x, energies, info, end.state)
+
+
+def adjoint_report(
+    objective: EnergyGraph | Callable[..., jax.Array],
+    x: Any,
+    cotangent: Any = None,
+    bounds: tuple[Any, Any] | str | None = "default",
+    *,
+    args: tuple[Any, ...] = (),
+    rows: Any = None,
+    metric: str | Metric = "rows",
+    tol: float | jax.Array | None = None,
+) -> AdjointReport:
+    r"""Whether the minimizer x has a derivative, and what its linear solve costs.
+
+    A derivative carries no report: where its solve fails it is NaN, and that is all that `grad` can
+    say. This makes the same solve, $H_{AA} u = c_A$ on the free coordinates A, and reports it.
+
+    Args:
+      objective, bounds, args, rows, metric, tol: as they were given to `relax`.
+      x: the minimizer that `relax` found.
+      cotangent: c, like x: the gradient of the outer loss by x. None is a vector of normal random
+        numbers, which meets every direction.
+
+    Returns:
+      An `AdjointReport`. `sound` False means NaN: the free Hessian is singular or indefinite, or so
+      badly conditioned that `iterations` did not suffice for a `residual` of sqrt(eps).
+
+    Raises:
+      TypeError, ValueError: as `relax` does.
+
+    >>> import smallgain_jax as sg
+    >>> graph = sg.EnergyGraph(sg.Landau([1.0, 1.0], target=[-1.0, 0.5]), sg.Quadratic([0], [1]))
+    >>> report = adjoint_report(graph, relax(graph, jnp.ones(2)).x)
+    >>> bool(report.sound), int(report.free), int(report.iterations)
+    (True, 1, 1)
+    """
+    metric = _chosen(metric, objective, x)
+    _check(objective, None, 0, tol, "implicit", metric)
+    whole, flat, box = posed(objective, x, bounds, args, rows)
+    if cotangent is None:
+        cotangent = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
+    elif isinstance(whole, Function):
+        cotangent = whole.layout.spread("cotangent", cotangent)
+    better = None if isinstance(metric, str) else metric
+    return _reported(Problem(whole, flat, box, None, better, None, None), cotangent, tol)
+
+
+@eqx.filter_jit
+def _reported(problem: Problem, cotangent: Any, tol: Any) -> AdjointReport:
+    problem = still(settled(problem))
+    x, objective, walls = problem.x0, problem.objective, walls_of(problem)
+    tol = jnp.asarray(default_tolerance(x.dtype) if tol is None else tol, x.dtype)
+    step = projected_step(x, objective.gradient(x), objective.rows(x), walls)
+    slack = tol * length_scale(x, step, walls)
+    solution = Solution(x, slack, objective, walls, problem.metric)
+    return reported(solution, jnp.asarray(cotangent, x.dtype))
