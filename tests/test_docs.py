@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import smallgain_jax as sg
+from smallgain_jax.tools import demo
+from smallgain_jax.tools.cli import main
 
 pytestmark = pytest.mark.once
 DOCS = Path(__file__).parents[1] / "docs"
@@ -111,3 +113,31 @@ def test_every_page_is_in_a_table_of_contents():
             listed |= {(page.parent / line).resolve() for line in lines}
     pages = {page.with_suffix("").resolve() for page in DOCS.rglob("*.md")}
     assert sorted(pages - listed) == [(DOCS / "index").resolve()]
+
+
+PRIVATE = re.compile(
+    r"\bseed[s']* (?:document|setting|score)|the seeds\b|published scenario|F90|\bAGM\b|delta_f90"
+    r"|small.gain allocator|\badapted\b|-\d\.\d+e-1[4-6]",
+    re.IGNORECASE,
+)
+"""Words of the notes that the library grew from, and digits that are rounding."""
+
+
+def test_front_texts_speak_to_strangers(capsys):
+    texts = {name: (DOCS.parent / name).read_text() for name in ("README.md", "docs/index.md")}
+    for command in ("demo", "relax", "bench", "sweep", "plot"):
+        assert main([command, "--help"]) == 0
+        texts[command] = capsys.readouterr().out
+    main([])
+    texts["smallgain"] = capsys.readouterr().out + demo.OPENING + demo.COLUMNS
+    for name, text in texts.items():
+        found = PRIVATE.findall(text)
+        assert not found, f"{name} says {found}"
+
+
+def test_words_of_the_glossary_lead_the_front_texts():
+    """What the README and the index use in a sense of their own is explained, or says itself."""
+    explained = (DOCS / "glossary.md").read_text().lower()
+    own = ("sharpness", "margin", "limit", "share", "price", "hinge", "guard", "box", "metric")
+    for word in own:
+        assert f"**{word}" in explained or f", {word}" in explained, word

@@ -96,14 +96,15 @@ class Relax(Settings, frozen=True, kw_only=True):
       symmetrize: make one edge of the two entries of a matrix's pair; "none" keeps both as edges.
       method: "default" is majorized descent, the library's best.
       steps: number of updates at most.
-      tol: stop once the step that the Hessian's rows favour is this share of the box, or less.
+      tol: stop once no coordinate is drawn farther than this share of the box's width.
       lower: lower bound of every coordinate; -inf for none.
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on
         the curvature at the start when not given.
       momentum: coefficient of the method of that name; 0.9 when not given.
       x64: double precision.
-      rows: also write every row's margin and spend to the telemetry, two columns a node.
+      rows: also write to the telemetry how much of its stability limit each node has left, and
+        what was spent there: two columns a node.
       margin_threshold: margin_warn in the telemetry is 1 where the smallest margin is below it.
       live: telemetry to write while it runs: .csv, .jsonl, .parquet (a folder of parts); anything
         else is a folder for TensorBoard.
@@ -165,7 +166,7 @@ class SweepOver(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plot(msgspec.Struct, frozen=True, kw_only=True):
-    """Draw where the stability margin goes; write a PNG file for each figure.
+    """Draw a run's energy, and how much of the stability limit each node uses; write PNG files.
 
     Attributes:
       source: telemetry of `smallgain relax` (.csv, .parquet, .npz), from which every figure is
@@ -197,7 +198,7 @@ _COMMANDS: dict[str, type[Command]] = {
 }
 _HELP = """usage: smallgain COMMAND ...
 
-Stability margins of optimizers as a budget: measured, priced, and spent where it pays.
+Relax graphs from files, compare methods of minimizing, and draw what runs recorded.
 
 commands:
 {commands}

@@ -38,11 +38,11 @@ NEAR = 1e-6
 FLOOR = 1e-14
 """Fraction of the drop that double precision does not resolve."""
 
-_OPENING = (
+OPENING = (
     "Two small graphs, relaxed by every method. A method with a learning rate is shown at the best "
     f"of {len(RATES)}."
 )
-_COLUMNS = (
+COLUMNS = (
     "to 90 %, to 1e-6: updates until 90 % of the possible descent was made, and until a millionth "
     "of it was left.\n"
     'left: the part that was left at the end. A "-" means not in this run, or no learning rate.'
@@ -88,15 +88,15 @@ class DemoResult:
 
     def __str__(self) -> str:
         parts = [f"{self._heading(name)}\n{self._shown(name)}" for name in self.tables]
-        return "\n\n".join([_OPENING, *parts, _COLUMNS, self.conclusion()])
+        return "\n\n".join([OPENING, *parts, COLUMNS, self.conclusion()])
 
     def _repr_html_(self) -> str:
         parts = (
             f"<h4>{self._heading(name)}</h4>{self._shown(name)._repr_html_()}"
             for name in self.tables
         )
-        closing = f"<p>{_COLUMNS}</p><p>{self.conclusion()}</p>"
-        return f"<p>{_OPENING}</p>" + "".join(parts) + closing
+        closing = f"<p>{COLUMNS}</p><p>{self.conclusion()}</p>"
+        return f"<p>{OPENING}</p>" + "".join(parts) + closing
 
     def _heading(self, name: str) -> str:
         first_of = self.results[name][0]
