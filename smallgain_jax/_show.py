@@ -17,15 +17,21 @@ DEPTH = 2
 _Class = TypeVar("_Class", bound=type)
 
 
-def shows(curve: str | None = None, bars: str | None = None) -> Callable[[_Class], _Class]:
+def shows(
+    curve: str | None = None,
+    bars: str | None = None,
+    words: Mapping[str, Callable[[Any], str]] | None = None,
+) -> Callable[[_Class], _Class]:
     """Give a named tuple a short `repr`, and a table with a plot in notebooks.
 
     Args:
       curve: path of the field (as "info.history") that is drawn as a line.
       bars: of the field that is drawn as bars.
+      words: what to say of a field, by its name, where it is known (not traced).
     """
 
     def decorate(cls: _Class) -> _Class:
+        setattr(cls, "_words", words or {})  # noqa: B010
         setattr(cls, "__repr__", text)  # noqa: B010  # of a class whose type is not known
         setattr(cls, "_repr_html_", lambda self: _page(self, curve, bars))  # noqa: B010
         return cls
@@ -49,8 +55,15 @@ def _lines(value: Any, depth: int) -> Iterator[str]:
             yield f"  {name}: {first}"
             yield from (f"  {line}" for line in rest)
         else:
-            yield f"  {name}: {short(field)}"
+            yield f"  {name}: {_said(value, name, field)}"
     yield ")"
+
+
+def _said(value: Any, name: str, field: Any) -> str:
+    say = getattr(type(value), "_words", {}).get(name)
+    if say is None or isinstance(field, jax.core.Tracer) or np.ndim(field):
+        return short(field)
+    return str(say(field))
 
 
 def _is_named(value: Any) -> bool:
@@ -83,8 +96,8 @@ def _array(value: Any) -> str:
     entries = np.asarray(value)
     if entries.ndim == 0:
         return _number(entries[()])
-    if entries.ndim == 1 and entries.size <= FEW:
-        return f"[{', '.join(map(_number, entries))}]"
+    if entries.ndim in (1, 2) and 0 < entries.size <= FEW:
+        return _nested(entries)
     if entries.size == 0 or entries.dtype == bool or np.iscomplexobj(entries):
         return kind + (f", {entries.sum()} true" if entries.dtype == bool else "")
     finite = entries[np.isfinite(entries)]
@@ -93,8 +106,18 @@ def _array(value: Any) -> str:
     return kind + found + (f", {lost} not finite" if lost else "")
 
 
+def _nested(entries: np.ndarray) -> str:
+    if entries.ndim == 0:
+        return _number(entries[()])
+    return f"[{', '.join(map(_nested, entries))}]"
+
+
 def _number(value: Any) -> str:
-    return str(value) if isinstance(value, bool | np.bool_) else f"{value:.6g}"
+    if isinstance(value, bool | np.bool_):
+        return str(value)
+    if isinstance(value, np.floating) and value == np.finfo(value.dtype).max:
+        return "largest float"
+    return f"{value:.6g}"
 
 
 def _page(value: Any, curve: str | None, bars: str | None) -> str:
@@ -116,10 +139,12 @@ def _flat(value: Any) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for name, field in zip(value._fields, value, strict=True):
         if _is_named(field) and type(field).__name__.endswith("Info"):
-            found |= {f"{name}.{k}": short(f) for k, f in zip(field._fields, field, strict=True)}
+            pairs = zip(field._fields, field, strict=True)
+            found |= {f"{name}.{k}": _said(field, k, f) for k, f in pairs}
         else:
-            found[name] = short(field)
-    return found
+            found[name] = _said(value, name, field)
+    # what a reader asks for first
+    return dict(sorted(found.items(), key=lambda item: not item[0].startswith("info.")))
 
 
 def _at(value: Any, path: str) -> Any:
@@ -133,6 +158,8 @@ def _drawing(name: str, values: Any, kind: str, width: int = 320, height: int = 
     if isinstance(values, jax.core.Tracer) or not getattr(values, "is_fully_addressable", True):
         return ""
     heights = np.asarray(values, float).ravel()
+    if kind == "curve":  # the last value is repeated where a run ended early
+        heights = heights[: np.max(np.flatnonzero(heights != heights[-1:]), initial=0) + 2]
     if heights.size < 2 or not np.all(np.isfinite(heights)):
         return ""
     if heights.size > width:

@@ -450,3 +450,21 @@ def test_weights_survive_a_restart_and_a_switch_of_optimizer(tmp_path):
     updates, moved = jax.jit(second.update)(gradient, moved, x)
     np.testing.assert_array_equal(moved.weights, state.weights)
     assert np.all(np.isfinite(updates))
+
+
+@pytest.mark.once
+def test_the_price_of_a_loss_beside_a_stiffer_one_is_seen_without_a_vector_of_its_own():
+    """The vector of the sum is orthogonal to all that the softer loss bends."""
+    stiff, soft = jnp.array([100.0, 90, 0, 0, 0]), jnp.array([0.0, 0, 3, 2, 1])
+    losses = sg.terms(lambda x: {"stiff": stiff @ x**2 / 2, "soft": soft @ x**2 / 2})
+    optimizer = sg.small_gain(optax.sgd(1e-3), losses)
+    x = jnp.ones(5)
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = optimizer.update(jax.grad(lambda x: losses.values(x).sum())(x), state, x)
+        return (optax.apply_updates(x, updates), state), state.info.cost[:, 0]
+
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2000)[1])
+    cost = run((x, optimizer.init(x)))[-1]
+    np.testing.assert_allclose(cost, [100, 3], rtol=0.1)

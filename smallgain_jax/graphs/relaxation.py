@@ -30,7 +30,11 @@ from smallgain_jax.search.stopping import (
 ADJOINTS = ("implicit", "unrolled")
 
 
-@shows()
+def _status(code: Any) -> str:
+    return RelaxStatus(int(code)).name
+
+
+@shows(words={"status": _status})
 class RelaxInfo(NamedTuple):
     """What happened during a relaxation."""
 

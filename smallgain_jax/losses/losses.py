@@ -203,7 +203,8 @@ class Losses(eqx.Module):
             at = params if self.outputs is None else self.outputs(params, *args, **kwargs)
             return self.fn(at, *args, **kwargs)
         except (TypeError, AttributeError) as error:
-            if any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none)):
+            holes = any(leaf is None for leaf in jax.tree.leaves(params, is_leaf=_is_none))
+            if holes and "None" in str(error):
                 error.add_note(
                     "terms: params has None where a filter left out what is not trained; put it "
                     "back inside the losses, as in model = eqx.combine(params, static)"

@@ -25,10 +25,13 @@ from smallgain_jax._tree import HIGHEST
 from smallgain_jax.losses.losses import Batch, Losses
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
 from smallgain_jax.losses.state import Settings, TrainingState, Vectors
-from smallgain_jax.spectral.power import label_blocks, power_iteration
+from smallgain_jax.spectral.power import label_blocks, power_iteration, random_vector
 
 FIRST_ITERATIONS = 20
 """Of power iteration from its random start; other calls go on from the last one's vector."""
+AFRESH = 5
+"""The least from a start that no last call left: where losses have no vectors of their own, that of
+the sum, which may be orthogonal to all that one loss bends, with as much of a random one."""
 SWITCHED = 4
 """Losses up to which each has a branch of its own, which passes only through what it depends on;
 beyond, one branch takes a mixture that is data, and the program does not grow with K."""
@@ -123,6 +126,7 @@ def _curvature(
     mix: Any,
     start: Any,
     labels: list[int],
+    iterations: jax.Array,
 ) -> tuple[jax.Array, Any]:
     gradient = None
     if sight.term_gradients is not None:
@@ -133,7 +137,7 @@ def _curvature(
         start,
         sight.inverse_root,
         labels,
-        _iterations(settings, state),
+        iterations,
     )
     return found.astype(state.info.cost.dtype), vector
 
@@ -150,8 +154,13 @@ def _price_of_one(
     prices, vectors, found = known
     labels, _ = label_blocks(sight.params, settings.blocks)
     own = vectors.each is not None
-    start = jax.tree.map(lambda v: v[k], vectors.each) if own else vectors.total
-    cost, vector = _curvature(losses, settings, state, sight, mix, start, labels)
+    iterations = _iterations(settings, state)
+    if own:
+        start = jax.tree.map(lambda v: v[k], vectors.each)
+    else:
+        start = jax.tree.map(jnp.add, vectors.total, random_vector(1, vectors.total))
+        iterations = jnp.maximum(iterations, AFRESH)
+    cost, vector = _curvature(losses, settings, state, sight, mix, start, labels, iterations)
     seen = jnp.isfinite(cost) & (cost > 0)
     cost = jnp.where(seen, cost, prices.cost[k])
     prices = prices._replace(cost=prices.cost.at[k].set(cost))
@@ -173,7 +182,15 @@ def _price_of_sum(
 ) -> _Known:
     prices, vectors, found = known
     labels, names = label_blocks(sight.params, settings.blocks)
-    look = partial(_curvature, losses, settings, state, sight, state.weights)
+    look = partial(
+        _curvature,
+        losses,
+        settings,
+        state,
+        sight,
+        state.weights,
+        iterations=_iterations(settings, state),
+    )
     (total,), vector = look(vectors.total, [0] * len(labels))
     vectors = vectors._replace(total=vector)
     rows = total[None]

@@ -70,7 +70,7 @@ from smallgain_jax.spectral.power import Blocks, label_blocks
 STATIC = ("blocks", "metric", "anneal", "rounds")
 """Functions and shapes, no hyperparameters: `static_args` of `optax.inject_hyperparams`."""
 
-READING = 10
+READING = 20
 """Looks among which one prices a loss where no decision rests on prices: they are for reading."""
 
 ADAPTIVE_WARMUP = 100
@@ -113,7 +113,7 @@ def loss_small_gain(
 
     * "reference", the default, leaves them at 1: the objective is the one that the user wrote, and
       what is handed in goes to the base optimizer as it is. Prices are for reading, and measured at
-      every tenth look only.
+      every twentieth look only.
     * "fair" moves $\log w_k$ towards $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional
       fairness (Kelly, Maulloo and Tan 1998) at the total cost of the reference: every loss gets its
       share of the margin. For losses in arbitrary units that can all vanish (physics-informed

@@ -63,6 +63,12 @@ def train_step(
         if isinstance(params, TrainingState):
             raise TypeError("params is a state: the order is step(params, state, *args)")
         check_params(params)
+        missing = own.lacks(Batch(args, kwargs))
+        if missing is not None:
+            raise TypeError(
+                f"step: the losses take {missing!r} besides params, and step was not given it; "
+                "hand the batch over, as in step(params, state, batch)"
+            )
         names = own.names_of_batch(params, *args, **kwargs)
         if {"total", "aux"} & set(names):
             raise ValueError(

@@ -23,6 +23,7 @@ import tyro
 
 from smallgain_jax._checks import check_fraction, check_positive
 from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.local import Landau
 from smallgain_jax.tools import demo, plots, report, telemetry, validation
 from smallgain_jax.tools.io import GraphFile, read_columns, read_graph, write_state
 from smallgain_jax.tools.live import LoggingSink, Sink, WarningSink, open_sink, relax_in_chunks
@@ -568,6 +569,7 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
     if "total_backtracks" in table.columns:
         facts["backtracks"] = int(table["total_backtracks"][-1])
     clipped = _clipped(problem, np.asarray(given), np.asarray(start), bounds)
+    clipped += _drawn_out(graph, bounds)
     facts["notes"] = [*problem.notes, *clipped, *_surprises(command, problem, table, facts)]
     return _Outcome(np.asarray(result.x), table, facts)
 
@@ -583,6 +585,19 @@ def _clipped(
     return [
         f"start: {moved.size} of {given.size} values lie outside {box} and were moved to its ends, "
         f"such as {first}"
+    ]
+
+
+def _drawn_out(graph: EnergyGraph, bounds: tuple[float, float]) -> list[str]:
+    """A note where nodes are drawn to where the box does not let them."""
+    targets = [np.ravel(local.target) for local in graph.local if isinstance(local, Landau)]
+    every = np.concatenate([*targets, np.zeros(0)])
+    outside = every[(every < bounds[0]) | (every > bounds[1])]
+    if not outside.size:
+        return []
+    return [
+        f"target: {outside.size} of {every.size} lie outside the box [{bounds[0]:g}, "
+        f"{bounds[1]:g}], such as {outside[0]:g}; --lower and --upper set the box"
     ]
 
 

@@ -165,9 +165,9 @@ def _meaning(
         raise FileFormatError(sheet.path, sheet.header_line, None, problem)
     plain = [_plain(name) for name in sheet.header]
     found = _found(sheet, plain, roles, named)
-    for role in required:
-        if role not in found:
-            _fail_missing(sheet, role)
+    missing = [role for role in required if role not in found]
+    if missing:
+        _fail_missing(sheet, missing)
     rest = [c for c in range(len(sheet.header)) if c not in found.values()]
     _refuse_misspelled(sheet, rest, [role for role in roles if role not in found])
     if not sheet.num_rows:
@@ -176,7 +176,8 @@ def _meaning(
     notes = [
         note if sheet.path.name in note else f"{sheet.path.name}, {note}" for note in sheet.notes
     ]
-    return Meaning(sheet, columns, notes + _ignored(sheet, rest))
+    unweighted = "weight" in roles and "weight" not in found
+    return Meaning(sheet, columns, notes + _ignored(sheet, rest, unweighted))
 
 
 def _plain(name: str) -> str:
@@ -192,7 +193,7 @@ def _found(
         if name is not None and role in roles:
             found[role] = _position(sheet, [h.strip() for h in sheet.header], name.strip())
             if found[role] < 0:
-                _fail_missing(sheet, name)
+                _fail_missing(sheet, [name])
     pairs = [pair for pair in _ENDS if all(end in plain for end in pair)]
     ends = dict(zip(("source", "target"), pairs[0], strict=True)) if pairs else {}
     for role in roles:
@@ -224,16 +225,21 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _fail_missing(sheet: Sheet, name: str) -> NoReturn:
+def _fail_missing(sheet: Sheet, names: Sequence[str]) -> NoReturn:
+    name, *others = names
     there = ", ".join(repr(h) for h in sheet.header) or "none"
     how = f", separated by {shown_separator(sheet.separator)}" if sheet.separator else ""
     roles = ("source", "target", "node")
-    flag = f"; name the column that it is with --{name}" if name in roles else ""
+    flags = " and ".join(f"--{role}" for role in names)
+    flag = f"; name the column that it is with {flags}" if name in roles else ""
     if any(map(_is_number, sheet.header)):
         # naming columns after a first edge would lose that edge
         example = "node,a,target" if name == "node" else "source,target,weight"
         flag = f"; this line looks like data: put a line of names before it, as {example}"
-    problem = f"the column is missing: there are {there}{how}{flag}"
+    what = "the column is missing"
+    if others:
+        what = f"this column and {' and '.join(map(repr, others))} are missing"
+    problem = f"{what}: there are {there}{how}{flag}"
     raise FileFormatError(sheet.path, sheet.header_line, name, problem)
 
 
@@ -258,7 +264,7 @@ def _one_slip(name: str, role: str) -> bool:
     return len(long) == len(short) and name != role and role in swaps
 
 
-def _ignored(sheet: Sheet, rest: Sequence[int]) -> list[str]:
+def _ignored(sheet: Sheet, rest: Sequence[int], unweighted: bool) -> list[str]:
     named = [repr(sheet.header[c]) for c in rest if sheet.header[c].strip()]
     # a separator at the end of every line makes a column of nothing
     bare = [
@@ -266,7 +272,12 @@ def _ignored(sheet: Sheet, rest: Sequence[int]) -> list[str]:
     ]
     parts = [f"column{'s' * (len(named) > 1)} {listed(named)}"] if named else []
     parts += [f"column {' and '.join(bare)}, which has no name"] if bare else []
-    return [f"{sheet.path.name}: ignored {' and '.join(parts)}"] if parts else []
+    if not parts:
+        return []
+    note = f"{sheet.path.name}: ignored {' and '.join(parts)}"
+    if unweighted and named:
+        note += "; every weight is 1 (if one of them is the weight, say so with --weight)"
+    return [note]
 
 
 def _is_blank(cells: Cells) -> bool:
