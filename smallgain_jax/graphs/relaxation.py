@@ -185,8 +185,8 @@ def _check(
         raise TypeError(f"steps = {steps!r} must be an int: it bounds the length of the history")
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
-    if tol is not None and is_concrete(tol) and not np.all(np.asarray(tol, float) >= 0):
-        raise ValueError(f"tol = {tol} must not be negative: 0 goes on until nothing descends")
+    if tol is not None and is_concrete(tol) and np.isnan(np.asarray(tol, float)).any():
+        raise ValueError(f"tol = {tol} must be a number: 0 goes on until nothing descends")
     if adjoint not in ADJOINTS:
         raise ValueError(f"adjoint = {adjoint!r} is unknown: choose from {', '.join(ADJOINTS)}")
     known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")
