@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import smallgain_jax as sg
+from smallgain_jax.losses.watch import STRIKES, at_anchor
 
 RATE = 1e-2
 
@@ -404,7 +405,7 @@ def test_a_rewind_takes_the_momentum_back_too():
         x, state = step(x, state)
         if state.info.rewinds > before.info.rewinds:
             break
-    anchor, base_state = before.watch.anchor
+    anchor, base_state = at_anchor(before.watch, (x, before.base_state))
     np.testing.assert_allclose(x, anchor, rtol=1e-6)
     jax.tree.map(np.testing.assert_array_equal, state.base_state, base_state)
     assert state.watch.backoff <= 0.26
@@ -606,6 +607,84 @@ def test_accumulation_around_it_keeps_the_batch_in_one_line():
         for _ in range(40):
             params, state, _ = step(params, state, jnp.ones(4))
     np.testing.assert_allclose(params, 1, atol=0.05)
+
+
+@jax.custom_vjp
+def ascended(m):
+    """m, whose gradient is turned around, so that descent climbs in it."""
+    return m
+
+
+ascended.defvjp(lambda m: (m, None), lambda _, g: (-g,))
+
+MEANT = {
+    "a multiplier by ascent": (
+        lambda p: {"f": p[0] ** 2, "c": ascended(p[1]) * (1 - p[0])},
+        lambda: optax.sgd(0.01),
+        np.zeros(2),
+    ),
+    "a sampler from the mode": (
+        lambda p: {"a": 0.25 * jnp.sum(p**2), "b": 0.25 * jnp.sum(p**2)},
+        lambda: optax.noisy_sgd(0.01, eta=200.0, gamma=0.0, key=0),
+        np.zeros(2),
+    ),
+    "decay by the optimizer": (
+        lambda p: {"fit": jnp.sum(jax.nn.softplus(-p))},
+        lambda: optax.chain(optax.add_decayed_weights(1e-2), optax.sgd(0.5)),
+        np.full(2, 9.0),
+    ),
+    "ascent": (
+        lambda p: {"a": -jnp.sum((p - 1) ** 2), "b": -jnp.sum(p**2)},
+        lambda: optax.chain(optax.scale(-1.0), optax.adam(0.02)),
+        np.full(2, 3.0),
+    ),
+    "a warm restart": (
+        lambda p: {"a": jnp.sum(jnp.abs(p)), "b": 0.05 + jnp.sum(p**2)},
+        lambda: optax.adam(optax.warmup_cosine_decay_schedule(0.0, 3e-2, 100, 1000)),
+        np.full(2, 1e-3),
+    ),
+}
+"""Sums that are meant to rise, for a while or for good."""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("case", MEANT)
+def test_what_means_to_rise_is_let_rise(case):
+    fn, make, start = MEANT[case]
+    wanted, _ = train(make(), fn, jnp.asarray(start), 1000)
+    found, state = train(sg.small_gain(make(), fn), fn, jnp.asarray(start), 1000)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+    assert state.info.rewinds == 0
+
+
+@pytest.mark.once
+def test_a_rise_that_no_shorter_step_cures_ends_the_guard_with_a_word():
+    """Ascent of exp: every rewind wins nothing."""
+    fn = lambda x: {"a": 1e-3 * jnp.exp(30 * x)}
+    optimizer = sg.small_gain(optax.sgd(-1.0), fn)
+    x, state = train(optimizer, fn, jnp.zeros(()), 4000)
+    assert state.watch.lost
+    assert state.info.rewinds == STRIKES
+    with pytest.warns(UserWarning, match=r"means to rise.*guard=None"):
+        optimizer.update(jnp.zeros(()), state, x)
+
+
+@pytest.mark.once
+def test_optax_finds_each_name_in_the_state_once():
+    fn = lambda x: {"a": jnp.sum((x - 1) ** 2), "b": jnp.sum(x**2)}
+    total_of = lambda x: total(fn, x)
+    optimizer = sg.small_gain(optax.lbfgs(), fn)
+    x = jnp.zeros(2)
+    state = optimizer.init(x)
+    for _ in range(3):
+        value, gradient = optax.value_and_grad_from_state(total_of)(x, state=state)
+        updates, state = optimizer.update(
+            gradient, state, x, value=value, grad=gradient, value_fn=total_of
+        )
+        x = optax.apply_updates(x, updates)
+    np.testing.assert_allclose(x, 0.5, rtol=1e-5)
+    injected = sg.small_gain(optax.inject_hyperparams(optax.adam)(learning_rate=0.1), fn)
+    assert np.isclose(optax.tree_utils.tree_get(injected.init(x), "learning_rate"), 0.1)
 
 
 @pytest.mark.once

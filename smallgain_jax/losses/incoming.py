@@ -24,6 +24,7 @@ from smallgain_jax._checks import is_concrete
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.prices import mixed
 from smallgain_jax.losses.state import Settings, TrainingState
+from smallgain_jax.losses.watch import STRIKES
 
 FOREIGN = 0.05
 """Part of the updates that may be no multiple of the gradient: rounding, a little weight decay."""
@@ -175,13 +176,22 @@ def report_lost(state: TrainingState, reported: Collection[str]) -> set[str]:
     arrived = is_concrete(lost) and getattr(lost, "is_ready", lambda: True)()
     if "lost" in reported or not arrived or not np.all(lost):
         return set()
-    report_missed(True)
+    report_off(True, np.max(state.watch.strikes))
     return {"lost"}
 
 
-def report_missed(missed: Any) -> None:
-    """Warn of a transformation behind this one, from the host."""
-    if not missed:
+def report_off(off: Any, strikes: Any) -> None:
+    """Warn of a guard that went off, from the host."""
+    if not off:
+        return
+    if strikes >= STRIKES:
+        warnings.warn(
+            "small_gain took parameters back to where the loss was lower, again and again, with "
+            "shorter steps each time, and the loss rose all the same: it means to rise (min-max, "
+            "ascent, sampling, weight decay of the optimizer), or something else is wrong. The "
+            "guard is off from now on; guard=None says so from the start.",
+            stacklevel=2,
+        )
         return
     warnings.warn(
         "small_gain took parameters back to where the loss was lower, and they did not arrive: a "

@@ -35,7 +35,7 @@ from smallgain_jax.losses.incoming import (
     observe,
     report,
     report_lost,
-    report_missed,
+    report_off,
 )
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
 from smallgain_jax.losses.policies import POLICIES, WORTHS, decide
@@ -60,7 +60,9 @@ from smallgain_jax.losses.watch import (
     LEARNING,
     Verdict,
     WatchState,
+    anchored,
     arrived,
+    at_anchor,
     judge,
     regrown,
     way_back,
@@ -344,7 +346,17 @@ def _transformation(
         run = compiled if ready else compute
         if ready and not settings.reweights:
             reported.update(report_lost(state, reported))
-        found: tuple[Any, TrainingState] = run(updates, state, params, weighted=weighted, **given)
+        try:
+            found: tuple[Any, TrainingState] = run(
+                updates, state, params, weighted=weighted, **given
+            )
+        except TypeError as error:
+            if "manual axes" in str(error) or "{V:" in str(error):
+                error.add_note(
+                    "small_gain: replicas must agree on what they measure; name their axis, as in "
+                    "small_gain(optimizer, losses, axis_name='batch')"
+                )
+            raise
         return found
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -549,7 +561,7 @@ def _judge(
         return found.astype(state.weights.dtype)
 
     def look() -> _Judgement:
-        anchor_params, _ = watch.anchor
+        anchor_params, _ = at_anchor(watch, (params, state.base_state))
         here, there = values(params), values(anchor_params)
         distance = way_back(params, anchor_params, state.weights.dtype)
         info = state.info
@@ -561,16 +573,16 @@ def _judge(
             vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
-        first, missed = arrived(watch, distance)
-        verdict = select(watch.way > 0, first, verdict)
-        rewind = verdict.rewind & ~watch.lost
+        verdict = select(watch.way > 0, arrived(watch, distance), verdict)
+        rewind, after = verdict.rewind, verdict.watch
         way = jnp.where(rewind, distance, 0)
-        anchor = select(verdict.advance, (params, state.base_state), watch.anchor)
+        anchor = select(verdict.advance, anchored((params, state.base_state)), watch.anchor)
         if settings.reweights:  # these programs hold a callback anyway, and start slower for it
-            alarm = partial(jax.debug.callback, report_missed, missed)
-            jax.lax.cond(missed, alarm, lambda: None)
+            new = after.lost & ~watch.lost
+            alarm = partial(jax.debug.callback, report_off, new, after.strikes)
+            jax.lax.cond(new, alarm, lambda: None)
         here = jnp.where(jnp.isfinite(here), here, info.losses)
-        found = _Judgement(verdict.watch._replace(anchor=anchor, way=way), rewind, here)
+        found = _Judgement(after._replace(anchor=anchor, way=way), rewind, here)
         return cast_like(found, kept)
 
     found: _Judgement = when(due & (state.count > 0), look, lambda: kept)
@@ -661,7 +673,7 @@ def _settled(
     move, base_state = select(healthy, (move, base_state), nothing)
     if not judged.watch.anchor:
         return move, base_state
-    there, base_there = judged.watch.anchor
+    there, base_there = at_anchor(judged.watch, (params, state.base_state))
     back = jax.tree.map(lambda a, p, u: (a - p).astype(u.dtype), there, params, move)
     base_there = _with_settings_of(base_there, base_state)
     settled: tuple[Any, Any] = select(judged.rewind, (back, base_there), (move, base_state))
