@@ -24,7 +24,7 @@ from smallgain_jax._checks import (
     float_dtype,
     is_concrete,
 )
-from smallgain_jax._tree import select, vdot, when
+from smallgain_jax._tree import safe_norm, select, vdot, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
 from smallgain_jax.losses.incoming import (
@@ -573,7 +573,8 @@ def _judge(
             vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
-        verdict = select(watch.way > 0, arrived(watch, distance), verdict)
+        size = safe_norm(anchor_params, state.weights.dtype)
+        verdict = select(watch.way > 0, arrived(watch, distance, size), verdict)
         rewind, after = verdict.rewind, verdict.watch
         way = jnp.where(rewind, distance, 0)
         anchor = select(verdict.advance, anchored((params, state.base_state)), watch.anchor)

@@ -49,6 +49,9 @@ FOLLOW = 0.1
 """Weight of the newest difference in the typical one."""
 ARRIVED = 0.05
 """Part of the way back that may be missing: parameters of few bits round it."""
+LONG = 10.0
+"""Sizes of the anchor beyond which a way back is rounded so much that it is gone again, from where
+it led to."""
 REGROWTH = 1.001
 """Per update: a quarter of a step is whole again after 1,387."""
 
@@ -162,8 +165,15 @@ def way_back(params: Any, anchor: Any, dtype: Any) -> jax.Array:
     return safe_norm(jax.tree.map(jnp.subtract, params, anchor), dtype)
 
 
-def arrived(watch: WatchState, distance: jax.Array) -> Verdict:
-    """What to make of the first look after a rewind: was the anchor missed?"""
+def arrived(watch: WatchState, distance: jax.Array, size: jax.Array) -> Verdict:
+    """What to make of the first look after a rewind: was the anchor missed?
+
+    Args:
+      watch: the state so far.
+      distance: from the anchor [].
+      size: of the anchor's parameters [].
+    """
     missed = (watch.way > 0) & ~(distance <= ARRIVED * watch.way)
     after = watch._replace(way=jnp.zeros_like(watch.way), lost=watch.lost | missed)
-    return Verdict(after, jnp.zeros((), bool), missed)
+    again = ~missed & (distance > 0) & (watch.way > LONG * size) & ~watch.lost
+    return Verdict(after, again, missed)
