@@ -399,8 +399,8 @@ def test_star_of_many_leaves_is_built_and_packed():
     hierarchy = multilevel(graph)
     assert hierarchy.sizes == (n, 1)
     held = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(hierarchy, eqx.is_array)))
-    # two ends, neighbours and edges to them, aggregates: twelve integers a leaf
-    assert held <= 12 * n
+    # two ends, neighbours and edges to them, aggregates, and the rows of what sticks out
+    assert held <= 13 * n
 
 
 @pytest.mark.once

@@ -168,8 +168,9 @@ def test_the_inspection_sees_products_in_loops_and_rules():
             0, 3, lambda _, x: jax.lax.cond(x[0] > 0, lambda x: x * (x @ x), lambda x: x, x), x
         )
 
-    program = jax.make_jaxpr(jax.jit(jax.jacfwd(fn)))(jnp.ones(2))
-    assert None in products(program)
+    with jax.default_matmul_precision("bfloat16"):
+        program = jax.make_jaxpr(jax.jit(jax.jacfwd(fn)))(jnp.ones(2))
+    assert set(products(program)) - {HIGHEST}
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

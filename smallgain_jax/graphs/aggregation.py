@@ -33,6 +33,10 @@ class Merged(NamedTuple):
     edge: np.ndarray  # [E] edge between aggregates; their number for edges inside one
 
 
+WIDEST = 32
+"""Each column is an operation in the program: a hub of thousands must not make thousands."""
+
+
 class Packed(NamedTuple):
     """Rows of different length: a rectangle that most fit in, and a list of what sticks out."""
 
@@ -104,10 +108,11 @@ def packed_rows(row: np.ndarray, count: int) -> Packed:
 
 
 def _width(degree: np.ndarray) -> int:
-    """Columns of the rectangle, at least one: an entry in the tail costs about five inside."""
+    """Columns of the rectangle, 1 to `WIDEST`: an entry in the tail costs about five inside."""
     rows_with = np.bincount(degree, minlength=2)[::-1].cumsum()[::-1]  # of at least k entries
     tail = rows_with[::-1].cumsum()[::-1] - rows_with  # entries beyond k columns
-    return 1 + int(np.argmin((np.arange(tail.size) * degree.size + 5 * tail)[1:]))
+    cost = np.arange(tail.size) * degree.size + 5 * tail
+    return 1 + int(np.argmin(cost[1 : WIDEST + 1]))
 
 
 def _pair(graph: Coupled, rng: np.random.Generator, *, keep_isolated: bool) -> Merged:

@@ -344,7 +344,7 @@ def _transformation(
         # branches on the state would compile anew at every call outside of a program
         ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
         run = compiled if ready else compute
-        if ready and not settings.reweights:
+        if ready and isinstance(state, TrainingState) and not settings.reweights:
             reported.update(report_lost(state, reported))
         try:
             found: tuple[Any, TrainingState] = run(
