@@ -462,13 +462,10 @@ def test_the_large_network_has_ten_million_parameters_and_learns():
     whole = jax.eval_shape(large.problem().init, jnp.int32(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(whole)) >= 10_000_000
     problem = large.problem(Shape(width=32, heads=2, layers=2, context=16), batch_size=4)
-    adam = optax.adam(3e-3)
-    fair = sg.small_gain(adam, problem.losses, policy="fair")
+    fair = sg.small_gain(optax.adam(3e-3), problem.losses, policy="fair")
     run, start = overhead.loop(problem, fair, 5, given="weighted")
-    _, plain = overhead.loop(problem, optax.with_extra_args_support(adam), 5, given="sum")
-    losses = [problem.metrics(p)["loss"] for p in (problem.init(0), plain[0], start[0])]
-    assert losses[1] < losses[0] - 0.5
-    assert losses[2] <= 1.01 * losses[1]
+    losses = [problem.metrics(params)["loss"] for params in (problem.init(0), start[0])]
+    assert losses[1] < losses[0] - 1
     assert run(start, jnp.int32(0))[1].info.accepted
 
 
