@@ -13,7 +13,6 @@ each costs about two. SciPy goes on until nothing falls (ftol = 0, gtol = 1e-12)
 have 2,000 iterations and a tolerance of 1e-10; ours has its default.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -28,7 +27,7 @@ import scipy.optimize
 
 import smallgain_jax as sg
 from bench.problems import MGH, Problem, chain, factorization, logistic
-from bench.run import about
+from bench.run import run_cases
 from bench.solver import least
 
 ROUNDING = 1e-12
@@ -36,16 +35,7 @@ ROUNDING = 1e-12
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--cases", nargs="*", choices=sorted(CASES), default=sorted(CASES))
-    parser.add_argument("--out", type=Path, default=Path("bench/objectives.json"))
-    arguments = parser.parse_args()
-    report: dict[str, Any] = {"about": about(), "smoke": arguments.smoke}
-    with jax.enable_x64(True):
-        for name in arguments.cases:
-            report[name] = CASES[name](arguments.smoke)
-            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+    run_cases(CASES, __doc__, Path("bench/objectives.json"))
 
 
 def ours(problem: Problem, bounds: Any, steps: int = 1000) -> dict[str, Any]:

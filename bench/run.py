@@ -30,16 +30,23 @@ SHARES = (0.1, 1e-3, 1e-6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    run_cases(CASES, __doc__, Path("bench/results.json"))
+
+
+def run_cases(
+    cases: dict[str, Callable[[bool], Any]], description: str | None, default: Path
+) -> None:
+    """A command line around cases, each called with whether sizes are tiny, written as it ends."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
-    parser.add_argument("--out", type=Path, default=Path("bench/results.json"))
-    parser.add_argument("--cases", nargs="*", choices=sorted(CASES), default=sorted(CASES))
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--cases", nargs="*", choices=sorted(cases), default=sorted(cases))
     arguments = parser.parse_args()
     report: dict[str, Any] = {"about": about(), "smoke": arguments.smoke}
     with jax.enable_x64(True):
         for name in arguments.cases:
-            report[name] = CASES[name](arguments.smoke)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+            report[name] = cases[name](arguments.smoke)
+            arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     print(f"wrote {arguments.out}", file=sys.stderr)
 
 
