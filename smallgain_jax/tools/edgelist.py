@@ -1,6 +1,8 @@
 """Edge lists of NetworkX: two ends and a dictionary of Python on every line."""
 
 import ast
+import gzip
+import lzma
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,8 @@ from smallgain_jax.tools.tables import (
     DELIMITED,
     FileFormatError,
     Sheet,
+    as_format_error,
+    opened,
     read_lines,
     stripped,
     suffix_of,
@@ -28,15 +32,13 @@ def read_edgelist(path: Path) -> Sheet | None:
         text and the like.
       OSError: a file that cannot be opened.
     """
-    if suffix_of(path) not in DELIMITED:
+    if suffix_of(path) not in DELIMITED or not _begins_like_one(path):
         return None
     content = [
         (k, line)
         for k, line in enumerate(read_lines(path), 1)
         if line.strip() and not line.startswith("#")
     ]
-    if not content or _LINE.fullmatch(content[0][1]) is None:
-        return None
     ends: dict[str, list[Any]] = {"source": [], "target": []}
     data = []
     for k, line in content:
@@ -51,6 +53,16 @@ def read_edgelist(path: Path) -> Sheet | None:
     return Sheet(
         path, tuple(columns), tuple(columns.values()), lambda row: (at[row], f"line {at[row]}")
     )
+
+
+def _begins_like_one(path: Path) -> bool:
+    """By the first line that says something: other files, however long, are not read here."""
+    with as_format_error(path, EOFError, gzip.BadGzipFile, lzma.LZMAError), opened(path) as file:
+        for raw in file:
+            line = raw.decode("utf-8-sig", errors="replace")
+            if line.strip() and not line.startswith("#"):
+                return _LINE.fullmatch(line) is not None
+    return False
 
 
 def _edge(path: Path, k: int, line: str) -> tuple[list[str], dict[str, Any]]:
