@@ -85,6 +85,18 @@ def per_term(
     return broadcast(array, shape)
 
 
+def per_term_params(params: Any, count: int, what: str) -> Any:
+    """The parameters of a function of every term: arrays with a leading axis of `count`."""
+    params = jax.tree.map(jnp.asarray, params)
+    for leaf in jax.tree.leaves(params):
+        if leaf.shape[:1] != (count,):
+            raise ValueError(
+                f"params has a leaf of shape {leaf.shape}: its leading axis must be {count}, "
+                f"one per {what}"
+            )
+    return params
+
+
 def _relu_squared(gap: jax.Array) -> jax.Array:
     # `where` rather than `maximum`: its second derivative at gap = 0 is 0, not a half
     return jnp.sum(jnp.where(gap > 0, gap, 0) ** 2)
@@ -344,15 +356,9 @@ class PairTerm(EdgeFamily):
             raise TypeError(f"gap must be callable as gap(x_i, x_j), got {type(gap).__name__}")
         self.fn, self.hinge = fn, gap
         self.i, self.j, self.weight = _edges(i, j, weight)
-        self.params = jax.tree.map(jnp.asarray, params)
         _check_arity("fn", fn, params is not None)
         _check_arity("gap", gap, params is not None)
-        for leaf in jax.tree.leaves(self.params):
-            if leaf.shape[:1] != self.i.shape:
-                raise ValueError(
-                    f"params has a leaf of shape {leaf.shape}: "
-                    f"its leading axis must be {self.num_edges}, one per edge"
-                )
+        self.params = per_term_params(params, self.num_edges, "edge")
 
     def _of(self, fn: Callable[..., jax.Array], x_i: jax.Array, x_j: jax.Array) -> jax.Array:
         value = fn(x_i, x_j) if self.params is None else fn(x_i, x_j, self.params)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import Numbers, check_positive, is_concrete
-from smallgain_jax.graphs.families import per_term
+from smallgain_jax.graphs.families import per_term, per_term_params
 
 
 def _huber(s: jax.Array) -> jax.Array:
@@ -151,13 +151,7 @@ class HyperTerm(eqx.Module):
             if host.size and (host.min() < 0 or host.max() >= self.num_nodes):
                 raise ValueError(f"nodes must lie in 0..{self.num_nodes - 1}")
         self.weight = per_term("weight", weight, self.nodes.shape[:1], low=0.0)
-        self.params = jax.tree.map(jnp.asarray, params)
-        for leaf in jax.tree.leaves(self.params):
-            if leaf.shape[:1] != self.nodes.shape[:1]:
-                raise ValueError(
-                    f"params has a leaf of shape {leaf.shape}: its leading axis must be "
-                    f"{self.nodes.shape[0]}, one per term"
-                )
+        self.params = per_term_params(params, self.nodes.shape[0], "term")
 
     def _of(self, fn: Callable[..., jax.Array], states: jax.Array, params: Any) -> jax.Array:
         more = () if self.params is None else (params,)
