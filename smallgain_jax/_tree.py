@@ -62,15 +62,23 @@ def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, precision=HIGHEST)
 
 
-def norm(tree: Any, dtype: Any) -> jax.Array:
-    """Euclidean norm of a pytree, summed in `dtype`.
+def unit_of(*arrays: jax.Array) -> jax.Array:
+    """The largest entry of all, in whose unit no square leaves the range; 1 for none that serves.
 
-    In units of the largest entry: squares leave float32 from 2e19 on and below 1e-19.
+    Squares leave float32 from 2e19 on and below 1e-19. A constant to derivatives.
     """
-    leaves = [leaf.astype(dtype) for leaf in jax.tree.leaves(tree)]
-    tops = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in leaves]
-    top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops))) if tops else jnp.zeros((), dtype)
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    tops = [jnp.max(jnp.abs(array), initial=0.0) for array in arrays]
+    top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops))) if tops else jnp.zeros(())
+    return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+
+
+def norm(tree: Any, dtype: Any) -> jax.Array:
+    """Euclidean norm of a pytree of real or complex arrays, summed in `dtype`, in its `unit_of`."""
+    leaves = [
+        (jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf).astype(dtype)
+        for leaf in jax.tree.leaves(tree)
+    ]
+    scale = unit_of(*leaves).astype(dtype)
     squares = [jnp.sum((leaf / scale) ** 2) for leaf in leaves]
     return scale * jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
 
@@ -78,15 +86,6 @@ def norm(tree: Any, dtype: Any) -> jax.Array:
 def zero_count() -> jax.Array:
     """A counter at 0, in a buffer of its own: a state is donated field by field."""
     return jnp.zeros((), jnp.int32)
-
-
-def safe_norm(tree: Any, dtype: Any) -> jax.Array:
-    """Euclidean norm of a pytree, relative to its largest entry: no square leaves the range."""
-    leaves = [jnp.abs(leaf).astype(dtype) for leaf in jax.tree.leaves(tree)]
-    tops = [jnp.max(leaf, initial=0.0) for leaf in leaves]
-    top = jnp.max(jnp.stack(tops)) if tops else jnp.zeros((), dtype)
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-    return scale * jnp.sqrt(sum((jnp.sum((leaf / scale) ** 2) for leaf in leaves), 0 * top))
 
 
 def placed_like(array: jax.Array, leaf: Any) -> jax.Array:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from smallgain_jax._tree import unit_of
 from smallgain_jax.allocation.knapsack import allocate
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.limits.closed_forms import row_budgets
@@ -168,8 +169,7 @@ def scaled(values: jax.Array, pairs: jax.Array) -> jax.Array:
 
 def term_norms(term_gradients: jax.Array) -> jax.Array:
     """Euclidean norm [K] of each term's gradient, [K, 2] or [K, 2, d]."""
-    top = jnp.max(jnp.abs(term_gradients), initial=0.0)
-    unit = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+    unit = unit_of(term_gradients)
     return unit * jnp.sqrt(_over_ends((term_gradients / unit) ** 2))
 
 

@@ -12,7 +12,7 @@ left as it is: no reweighting, no harm, and a report.
 """
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -167,17 +167,22 @@ def report(fit: Any, new: Any) -> None:
     )
 
 
-def report_lost(state: TrainingState, reported: Collection[str]) -> set[str]:
-    """Warn once of a guard that is off, where the host holds a state whose numbers have arrived.
+def host_report() -> Callable[[TrainingState], None]:
+    """What warns once of a guard that is off, from states whose numbers the host holds already.
 
     A callback would do it inside of a user's program, too, but slows down the start of each call.
     """
-    lost: Any = state.watch.lost
-    arrived = is_concrete(lost) and getattr(lost, "is_ready", lambda: True)()
-    if "lost" in reported or not arrived or not np.all(lost):
-        return set()
-    report_off(True, np.max(state.watch.strikes))
-    return {"lost"}
+    told = False
+
+    def tell(state: TrainingState) -> None:
+        nonlocal told
+        lost: Any = state.watch.lost
+        if told or not is_concrete(lost) or not getattr(lost, "is_ready", lambda: True)():
+            return
+        told = bool(np.all(lost))
+        report_off(told, np.max(state.watch.strikes))
+
+    return tell
 
 
 def report_off(off: Any, strikes: Any) -> None:

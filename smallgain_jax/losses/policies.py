@@ -74,7 +74,7 @@ def _greedy(
         # the sum over terms over-counts the sharpness of the sum
         claimed = matmul(weights, prices.cost)
         true_share = prices.row_sharpness / jnp.where(claimed > 0, claimed, 1)
-        at_lower = true_share * (matmul(lower, prices.cost))
+        at_lower = true_share * matmul(lower, prices.cost)
         target = settings.target * prices.limit
         budget = row_budgets(target, at_lower, settings.budget_fraction)
         budget = budget / jnp.where(true_share > 0, true_share, 1)

@@ -84,7 +84,11 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     """
     num_terms = state.weights.shape[0]
     eye = np.eye(num_terms)
-    price = partial(_price_of_one, losses, settings, state, sight)
+    afresh = None
+    if state.vectors.each is None:
+        random = random_vector(1, state.vectors.total)
+        afresh = jax.tree.map(jnp.add, state.vectors.total, random)
+    price = partial(_price_of_one, losses, settings, state, sight, afresh)
     total = partial(_price_of_sum, losses, settings, state, sight)
 
     def look(turn: jax.Array, known: _Known) -> _Known:
@@ -147,6 +151,7 @@ def _price_of_one(
     settings: Settings,
     state: TrainingState,
     sight: Sight,
+    afresh: Any,
     mix: Any,
     k: Any,
     known: _Known,
@@ -158,7 +163,7 @@ def _price_of_one(
     if own:
         start = jax.tree.map(lambda v: v[k], vectors.each)
     else:
-        start = jax.tree.map(jnp.add, vectors.total, random_vector(1, vectors.total))
+        start = afresh
         iterations = jnp.maximum(iterations, AFRESH)
     cost, vector = _curvature(losses, settings, state, sight, mix, start, labels, iterations)
     seen = jnp.isfinite(cost) & (cost > 0)

@@ -24,17 +24,17 @@ from smallgain_jax._checks import (
     float_dtype,
     is_concrete,
 )
-from smallgain_jax._tree import safe_norm, select, vdot, when
+from smallgain_jax._tree import norm, select, vdot, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
 from smallgain_jax.losses.incoming import (
     Given,
     Incoming,
     held_foreign,
+    host_report,
     is_foreign,
     observe,
     report,
-    report_lost,
     report_off,
 )
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
@@ -334,7 +334,7 @@ def _transformation(
         return move, cast_like(new_state, state)
 
     compiled = jax.jit(compute, static_argnames="weighted")
-    reported: set[str] = set()
+    report_lost = host_report()
 
     def update(
         updates: Any, state: TrainingState, params: Any = None, **given: Any
@@ -345,7 +345,7 @@ def _transformation(
         ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
         run = compiled if ready else compute
         if ready and isinstance(state, TrainingState) and not settings.reweights:
-            reported.update(report_lost(state, reported))
+            report_lost(state)
         try:
             found: tuple[Any, TrainingState] = run(
                 updates, state, params, weighted=weighted, **given
@@ -573,7 +573,7 @@ def _judge(
             vdot(weights, there),
             jnp.where(known, jnp.minimum(safe, 1), 1),
         )
-        size = safe_norm(anchor_params, state.weights.dtype)
+        size = norm(anchor_params, state.weights.dtype)
         verdict = select(watch.way > 0, arrived(watch, distance, size), verdict)
         rewind, after = verdict.rewind, verdict.watch
         way = jnp.where(rewind, distance, 0)

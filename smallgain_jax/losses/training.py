@@ -10,7 +10,7 @@ import optax
 
 from smallgain_jax._checks import check_optimizer
 from smallgain_jax._tree import vdot
-from smallgain_jax.losses.incoming import report_lost
+from smallgain_jax.losses.incoming import host_report
 from smallgain_jax.losses.losses import Batch, Losses, check_params
 from smallgain_jax.losses.state import TrainingState
 
@@ -103,11 +103,11 @@ def train_step(
         return optax.apply_updates(params, updates), state, metrics
 
     compiled = jax.jit(step, donate_argnums=(0, 1) if donate else ())
-    reported: set[str] = set()
+    report_lost = host_report()
 
     def train(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, Any]:
         if ours := _ours(state):
-            reported.update(report_lost(ours[0], reported))
+            report_lost(ours[0])
         if donate:
             params, state = _unaliased((params, state))
         found: tuple[Any, Any, Any] = compiled(params, state, *args, **kwargs)

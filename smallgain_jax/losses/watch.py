@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from smallgain_jax._show import shows
-from smallgain_jax._tree import safe_norm, select, zero_count
+from smallgain_jax._tree import norm, select, zero_count
 
 OUT = 10.0
 """Typical differences beyond which a rise is no ordinary one: losses have tails like exp(-x)."""
@@ -162,7 +162,7 @@ def regrown(watch: WatchState) -> WatchState:
 
 def way_back(params: Any, anchor: Any, dtype: Any) -> jax.Array:
     """Distance [] of the parameters from the anchor's."""
-    return safe_norm(jax.tree.map(jnp.subtract, params, anchor), dtype)
+    return norm(jax.tree.map(jnp.subtract, params, anchor), dtype)
 
 
 def arrived(watch: WatchState, distance: jax.Array, size: jax.Array) -> Verdict:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
+from smallgain_jax._tree import unit_of
+
 
 def guard_scale(gradient: Any, update: Any, bend: jax.Array, target: ArrayLike) -> jax.Array:
     r"""Factor $\min(1,\; 2c\,\langle -g, u\rangle / b)$ that makes an update descend.
@@ -81,8 +83,6 @@ def cosine(a: Any, b: Any) -> jax.Array:
 
 
 def _in_its_unit(tree: Any) -> Any:
-    """A pytree divided by its largest entry; as it is where that is 0 or not finite."""
-    tops = [jnp.max(jnp.abs(leaf), initial=0.0) for leaf in jax.tree.leaves(tree)]
-    top = jnp.max(jnp.stack(tops)) if tops else jnp.zeros(())
-    unit = jax.lax.stop_gradient(jnp.where((top > 0) & jnp.isfinite(top), top, 1))
+    """A pytree divided by its `unit_of`."""
+    unit = unit_of(*jax.tree.leaves(tree))
     return jax.tree.map(lambda leaf: leaf / unit.astype(leaf.dtype), tree)

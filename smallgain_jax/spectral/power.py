@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import float_dtype
-from smallgain_jax._tree import placed_like, safe_norm
+from smallgain_jax._tree import norm, placed_like
 
 Product = Callable[[Any], Any]
 """v -> H v, on pytrees shaped like the parameters."""
@@ -71,7 +71,7 @@ def power_iteration(
         image = jax.tree.leaves(product(treedef.unflatten(scaled(own))))
         image = scaled([y.astype(leaf.dtype) for y, leaf in zip(image, now, strict=True)])
         image = [jnp.where(here, y, 0) for here, y in zip(inside, image, strict=True)]
-        length, size = safe_norm(own, dtype), safe_norm(image, dtype)
+        length, size = norm(own, dtype), norm(image, dtype)
         curvature = size / jnp.where(length > 0, length, 1)
         usable = jnp.isfinite(curvature) & (curvature > 0)
         whole = jnp.where(usable, size, 1)
