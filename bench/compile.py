@@ -2,7 +2,8 @@
 
 `python -m bench.compile` prints processor seconds, each entry in a process of its own and imports
 apart.
-`--against DIR` measures another checkout of the library in the same run. About three minutes.
+`--against DIR` measures another checkout of the library in the same run, `--out FILE` keeps the
+figures. About three minutes for each checkout.
 """
 
 import argparse
@@ -11,6 +12,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+from bench.run import about
 
 ROUNDS = 3
 
@@ -80,7 +84,11 @@ def measure(entry: str, checkout: Path) -> list[float] | None:
     found = []
     for _ in range(ROUNDS):
         run = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+            [sys.executable, "-c", program],
+            env=environment,
+            cwd=checkout,  # `-c` puts the working directory first on the path
+            capture_output=True,
+            text=True,
         )
         if run.returncode:
             print(f"{entry}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
@@ -93,16 +101,22 @@ def measure(entry: str, checkout: Path) -> list[float] | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--against", type=Path, default=None)
-    against = parser.parse_args().against
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args()
+    against, rows = options.against, []
     here = Path(__file__).parents[1]
     for entry in ENTRIES:
-        shown = [f"{entry:32s}"]
-        for checkout in [here] if against is None else [here, against.resolve()]:
-            found = measure(entry, checkout)
-            shown += (
-                ["     -      -"] if found is None else [f"{a:6.2f} {b:6.3f}" for a, b in [found]]
-            )
-        print("   ".join(shown), flush=True)
+        row: dict[str, Any] = {"entry": entry}
+        for suffix, checkout in (
+            [("", here)] if against is None else [("", here), (" before", against.resolve())]
+        ):
+            first, second = measure(entry, checkout) or (None, None)
+            row |= {f"first{suffix}": first, f"second{suffix}": second}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.out is not None:
+            report = {"about": about(), "rows": rows}
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

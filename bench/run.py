@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -51,10 +52,15 @@ def run_cases(
 
 
 def about() -> dict[str, Any]:
+    """Where and by which command a file of figures was made."""
+    spec = sys.modules["__main__"].__spec__
+    name = Path(sys.argv[0]).name if spec is None else f"-m {spec.name.removesuffix('.__main__')}"
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     )
     return {
+        "command": shlex.join(["python", *name.split(), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%d"),
         "commit": commit.stdout.strip() or None,
         "python": platform.python_version(),
         "jax": jax.__version__,

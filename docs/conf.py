@@ -20,7 +20,7 @@ project_copyright = author
 version = release = installed_version("smallgain_jax")
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "mathml", "docstrings"]
-exclude_patterns = ["_ext"]
+exclude_patterns = ["_ext", "notebooks/cards.md"]
 templates_path = []
 html_theme = "furo"
 html_title = f"smallgain_jax {version}"

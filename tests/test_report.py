@@ -172,7 +172,7 @@ def test_sweeps_in_configs_can_run(name):
     [
         ("steps = 3\n", ["bench"], "missing required field `suites`"),
         ('suites = [{ generator = "magic" }]\n', ["bench"], "generator = 'magic' is unknown"),
-        ("suites = []\nstepz = 3\n", ["bench"], "unknown field"),
+        ("suites = []\nstepz = 3\n", ["bench"], "unknown key"),
         ('suites = [{ generator = "baseline" }]\n', ["bench", "--steps", "0"], "steps = 0"),
         ('suites = [{ generator = "baseline" }]\n', ["bench", "--methods", "x"], "methods: 'x'"),
         (

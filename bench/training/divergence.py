@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from bench.run import about
 from bench.training.problems import Problem, make
 from smallgain_jax.losses.small_gain import loss_small_gain
 
@@ -81,7 +82,8 @@ def main() -> None:
     for name in BASES:
         print(f"{name}: compiling, and running", file=sys.stderr)
         rows.append(measure(name, options.steps))
-        options.out.write_text(json.dumps({"times": TIMES, "rows": rows}, indent=1))
+        report = {"about": about(), "times": TIMES, "rows": rows}
+        options.out.write_text(json.dumps(report, indent=1) + "\n")
         for who in ("plain", "ours"):
             shown = "  ".join(f"{value:9.2g}" for value in rows[-1][who])
             print(f"{name:10s} {rows[-1]['stable']:9.2g} {who:5s} {shown}", flush=True)

@@ -1,5 +1,6 @@
 """The command line: `smallgain demo`, `relax FILE`, `bench`, `sweep` and `plot SOURCE`."""
 
+import difflib
 import importlib.metadata
 import logging
 import math
@@ -312,7 +313,28 @@ def _decoded(path: Path, kind: type[_Config]) -> _Config:
     try:
         return msgspec.toml.decode(path.read_bytes(), type=kind, dec_hook=_decode_path)
     except (msgspec.MsgspecError, ValueError) as error:
-        raise ValueError(f"{path}: {error}{_known_keys(str(error), kind)}") from error
+        raise ValueError(f"{path}: {_explained(str(error), kind)}") from error
+
+
+_KINDS = {
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+"""What msgspec calls a type, in words of TOML."""
+
+
+def _explained(problem: str, kind: type[msgspec.Struct]) -> str:
+    """msgspec's message with the key in front: `steps: expected an integer, got text`."""
+    said, _, where = problem.partition(" - at `$.")
+    said = said.replace("Object contains unknown field", "unknown key").replace(" | null", "")
+    for name, words in _KINDS.items():
+        said = said.replace(f"`{name}`", words)
+    key = f"{where.rstrip('`')}: " if where else ""
+    return f"{key}{said[:1].lower()}{said[1:]}{_known_keys(problem, kind)}"
 
 
 def _known_keys(problem: str, kind: type[msgspec.Struct]) -> str:
@@ -326,7 +348,10 @@ def _known_keys(problem: str, kind: type[msgspec.Struct]) -> str:
         while not isinstance(at, msgspec.inspect.StructType):
             # a list or a tuple of tables
             at = at.item_type
-    return f": known are {', '.join(field.encode_name for field in at.fields)}"
+    known = [field.encode_name for field in at.fields]
+    near = difflib.get_close_matches(problem.split("`")[1], known, n=1)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    return f"{guess}: known are {', '.join(known)}"
 
 
 def _overridden(config: _Config, **flags: Any) -> _Config:
