@@ -19,8 +19,8 @@ author = "the smallgain_jax authors"
 project_copyright = author
 version = release = installed_version("smallgain_jax")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "mathml", "docstrings"]
-exclude_patterns = ["_ext", "notebooks/cards.md"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "mathml", "docstrings", "measured"]
+exclude_patterns = ["_ext"]
 templates_path = []
 html_theme = "furo"
 html_title = f"smallgain_jax {version}"
@@ -33,6 +33,8 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
+# the changelog names attributes that have no entry of their own
+nitpick_ignore_regex = [("py:obj", r"smallgain_jax\.__\w+__")]
 suppress_warnings = ["myst.header"]  # notebooks may start at any level
 
 # docstrings give shape, dtype and unit, which annotations do not

@@ -105,6 +105,19 @@ def test_pages_name_nothing_that_is_missing():
             assert thing is not None, f"{page.name}: sg.{path}"
 
 
+def test_the_formulas_have_the_modules_and_tests_that_their_table_names():
+    page = (DOCS / "mathematics.md").read_text()
+    table = page.partition("## Where each formula lives")[2]
+    modules = set(re.findall(r"`([\w/]+\.py)`", table))
+    tests = re.findall(r"`(test_\w+\.py)::(\w+)`", table)
+    assert len(tests) > 30
+    for path in modules:
+        assert (DOCS.parent / "smallgain_jax" / path).is_file(), path
+    for path, name in tests:
+        text = (DOCS.parent / "tests" / path).read_text()
+        assert re.search(rf"^(def|class) {name}\b", text, re.MULTILINE), f"{path}::{name}"
+
+
 def test_every_page_is_in_a_table_of_contents():
     listed = set()
     for page in DOCS.rglob("*.md"):

@@ -10,7 +10,7 @@ import nbformat
 
 
 def fill(target: Path, sources: Path, executed: str | None) -> None:
-    """Make `target` hold one `.ipynb` per notebook, their first figures, `cards.md`, nothing older.
+    """Make `target` hold one `.ipynb` per notebook, their first figures, `cards.txt`, nothing older.
 
     Args:
       target: folder of the site; git ignores what is in it.
@@ -33,7 +33,7 @@ def fill(target: Path, sources: Path, executed: str | None) -> None:
         for notebook in found:
             shutil.copy(notebook, target)
     cards = "\n".join(_card(path) for path in sorted(target.glob("*.ipynb")))
-    (target / "cards.md").write_text(f"::::{{container}} cards\n{cards}\n::::\n")
+    (target / "cards.txt").write_text(f"::::{{container}} cards\n{cards}\n::::\n")
 
 
 def _card(path: Path) -> str:
