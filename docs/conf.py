@@ -19,7 +19,14 @@ author = "the smallgain_jax authors"
 project_copyright = author
 version = release = installed_version("smallgain_jax")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_nb", "mathml", "docstrings", "measured"]
+extensions = [
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "myst_nb",
+    "mathml",
+    "docstrings",
+    "measured",
+]
 exclude_patterns = ["_ext"]
 templates_path = []
 html_theme = "furo"
@@ -33,8 +40,6 @@ myst_enable_extensions = ["dollarmath", "colon_fence"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"
 nb_merge_streams = True
-# the changelog names attributes that have no entry of their own
-nitpick_ignore_regex = [("py:obj", r"smallgain_jax\.__\w+__")]
 suppress_warnings = ["myst.header"]  # notebooks may start at any level
 
 # docstrings give shape, dtype and unit, which annotations do not

@@ -63,7 +63,7 @@ def _converted(span: re.Match[str], following: str) -> str:
 def public_name(code: str) -> str | None:
     """The full name of what `sg.relax` or `relax` stands for, or None."""
     name = re.sub(r"^(sg|smallgain_jax)\.", "", code)
-    if not re.fullmatch(r"\w+(\.\w+)?", name):
+    if name.startswith("__") or not re.fullmatch(r"\w+(\.\w+)?", name):
         return None
     first, *rest = name.split(".")
     known = getattr(smallgain_jax, first, None)

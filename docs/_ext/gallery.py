@@ -10,7 +10,7 @@ import nbformat
 
 
 def fill(target: Path, sources: Path, executed: str | None) -> None:
-    """Make `target` hold one `.ipynb` per notebook, their first figures, `cards.txt`, nothing older.
+    """Make `target` hold one `.ipynb` per notebook, a figure of each, `cards.txt`, nothing older.
 
     Args:
       target: folder of the site; git ignores what is in it.
