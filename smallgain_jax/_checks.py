@@ -33,13 +33,26 @@ def cast_like(tree: Any, like: Any) -> Any:
 
 def as_float(name: str, value: Numbers) -> jax.Array:
     """`value` as a floating array; integers take JAX's default float dtype."""
-    array = jnp.asarray(value)
+    try:
+        array = jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be real numbers, got {_shown(value)}") from error
     if jnp.issubdtype(array.dtype, jnp.floating):
         _warn_of_nothing(name, value, array.dtype)
         return array
     if jnp.issubdtype(array.dtype, jnp.integer) or array.dtype == jnp.bool_:
         return array.astype(jnp.result_type(float))
     raise TypeError(f"{name} must be real numbers, got dtype {array.dtype}")
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, str | None) else type(value).__name__
+
+
+def check_scalar(name: str, value: Any) -> None:
+    """Raise unless `value` is one real number, traced or not."""
+    if as_float(name, value).shape != ():
+        raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(value)}")
 
 
 def _warn_of_nothing(name: str, value: Numbers, dtype: jnp.dtype) -> None:
@@ -146,7 +159,9 @@ def check_updates(updates: Any, params: Any) -> None:
 
 
 def check_count(name: str, value: int | None, least: int) -> None:
-    """Raise unless a static number, where there is one, is at least `least`."""
+    """Raise unless a static number, where there is one, is an integer of at least `least`."""
+    if value is not None and not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} = {value!r} must be an int")
     if value is not None and value < least:
         raise ValueError(f"{name} = {value} must be at least {least}")
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 
 from smallgain_jax._checks import float_dtype
@@ -94,6 +95,40 @@ def placed_like(array: jax.Array, leaf: Any) -> jax.Array:
     if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
         return array
     return jax.sharding.reshard(array, sharding)
+
+
+def gathered(array: jax.Array) -> jax.Array:
+    """`array` whole on every device, where meshes have explicit axes; else as it is."""
+    sharding = jax.typeof(array).sharding
+    if sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+        return array
+    return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
+
+
+class Closed(eqx.Module):
+    """A function of arrays as a pytree, what it closes over among its leaves."""
+
+    program: Any
+    constants: list[Any]
+    structure: Any = eqx.field(static=True)
+
+    def __call__(self, *args: Any) -> Any:
+        program = jax.extend.core.ClosedJaxpr(self.program, self.constants)
+        out = jax.extend.core.jaxpr_as_fun(program)(*jax.tree.leaves(args))
+        # what the program knows without computing comes out as a number of Python
+        arrays = [
+            jnp.asarray(one, aval.dtype) for one, aval in zip(out, program.out_avals, strict=True)
+        ]
+        return jax.tree.unflatten(self.structure, arrays)
+
+
+def closed(fn: Callable[..., Any], *args: Any) -> Closed:
+    """`fn`, traced at `args`: pytrees of arrays, and so is what it returns.
+
+    As `eqx.filter_closure_convert`, which on an explicit mesh takes its own arguments for others.
+    """
+    program, out = jax.make_jaxpr(fn, return_shape=True)(*args)
+    return Closed(program.jaxpr, program.consts, jax.tree.structure(out))
 
 
 def when(

@@ -205,6 +205,37 @@ def test_sharded_batch_equals_one_device(eps):
     np.testing.assert_allclose(single, sharded, rtol=1e3 * eps, atol=1e3 * eps)
 
 
+@pytest.mark.once
+@pytest.mark.parametrize("objective", ["graph", "function"])
+def test_explicit_meshes(objective):
+    """`jax.make_mesh` has explicit axes by default; a start that is sharded is gathered."""
+    scenario = scenarios.baseline()
+    graph = scenario.graph
+    whole = graph if objective == "graph" else lambda x: jnp.sum((x - 0.3) ** 2) + x[0] * x[1]
+    plain = sg.relax(whole, scenario.x0)
+    mesh = jax.make_mesh((2,), ("nodes",))
+    with jax.set_mesh(mesh):
+        found = sg.relax(whole, scenario.x0)
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("nodes"))
+        sharded = sg.relax(whole, jax.device_put(scenario.x0, rows))
+        slope = jax.grad(lambda x: sg.relax(whole, scenario.x0, bounds=(x, 1.0)).x.sum())(0.0)
+    np.testing.assert_allclose(found.x, plain.x, rtol=1e-5)
+    np.testing.assert_allclose(sharded.x, plain.x, rtol=1e-5)
+    assert np.isfinite(slope)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("ends", [(0, 7), (-1, 0), (1, 1)])
+def test_traced_ends_that_are_none_give_no_answer(ends):
+    def relaxed(i):
+        springs = sg.Quadratic(i, jnp.array([1, 2]), 1.0)
+        return sg.relax(sg.EnergyGraph(sg.Landau(jnp.ones(3)), springs), jnp.full(3, 0.5))
+
+    result = jax.jit(relaxed)(jnp.array(ends))
+    assert np.all(np.isnan(result.x))
+    assert not result.info.converged
+
+
 def test_a_start_that_is_not_finite_stays_where_it_was():
     scenario = scenarios.baseline()
     poisoned = eqx.tree_at(lambda g: g.edges[0].weight, scenario.graph, jnp.asarray([jnp.nan]))
@@ -221,7 +252,15 @@ BAD = [
     (dict(bounds=(np.zeros(3), 1.0)), "bounds: lower has shape"),
     (dict(bounds=(np.nan, 1.0)), "bounds: lower must not be NaN"),
     (dict(bounds=1.0), "bounds must be a pair"),
+    (dict(bounds=(None, 1.0)), "bounds: lower is None: infinity"),
+    (dict(bounds=(0.0, {"a": 1.0})), "bounds: upper must be a number"),
+    (dict(bounds=(np.inf, np.inf)), "bounds: lower must be below infinity"),
+    (dict(x0={"a": [0.1, 0.2]}), "x0 must be real numbers, got dict"),
+    (dict(steps=5.0), "steps = 5.0 must be an int"),
     (dict(tol=np.nan), "tol = nan"),
+    (dict(tol=-1.0), "tol = -1.0 must be at least 0"),
+    (dict(tol="1e-3"), "tol must be real numbers, got '1e-3'"),
+    (dict(tol=np.ones(3)), "tol must be one number"),
     (dict(adjoint="magic"), "adjoint = 'magic'"),
     (dict(metric="magic"), "metric = 'magic'"),
     (dict(optimizer=optax.adam), r"optimizer is the function adam.*call it"),

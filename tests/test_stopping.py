@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import smallgain_jax as sg
+from smallgain_jax.graphs.conditioning import softness
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import (
     default_tolerance,
@@ -51,6 +52,41 @@ def test_convergence_means_the_same_at_every_scale_of_the_energy(scale, bounds, 
     assert result.info.converged
     assert result.info.status == Status.CONVERGED
     assert 0 < result.info.steps < 20
+
+
+SOFT = {
+    "a stiff pair": (sg.Landau([1.0, 1.0], target=[0.0, 0.5]), [1e6], [0.25, 0.25]),
+    "a stiff pair and a third": (
+        sg.Landau([1.0, 1.0, 1.0], target=[0.0, 0.5, 1.0]),
+        [1e4, 1.0],
+        [0.39998, 0.40002, 0.70001],
+    ),
+    "one weak anchor": (sg.Landau([1e-6, 0.0, 0.0], target=0.3), [1.0, 1.0], [0.3, 0.3, 0.3]),
+}
+
+
+@pytest.mark.parametrize("case", SOFT)
+def test_a_small_step_where_rows_are_far_too_stiff_is_not_convergence(case):
+    """In single precision these may end unsolved, but then they say so."""
+    local, weights, expected = SOFT[case]
+    here = np.arange(len(weights))
+    graph = sg.EnergyGraph(local, sg.Quadratic(here, here + 1, weights))
+    for bounds in ((0.0, 1.0), None):
+        result = sg.relax(graph, jnp.full(len(expected), 0.5), bounds=bounds)
+        assert not result.info.converged or np.allclose(result.x, expected, atol=1e-2)
+    if result.x.dtype == jnp.float64:
+        assert result.info.converged
+
+
+def test_softness_bounds_the_smallest_eigenvalue():
+    for kind in scenarios.KINDS:
+        problem = scenarios.random_graph(kind, 24, 60, seed=3)
+        graph, x = problem.graph, problem.x0
+        springs = sg.EnergyGraph(graph.local, sg.Quadratic(graph.i, graph.j))
+        rows = np.asarray(springs.curvature(x).row_sums)
+        hessian = np.asarray(jax.hessian(springs.energy)(x))
+        smallest = np.linalg.eigvalsh(hessian / np.sqrt(np.outer(rows, rows)))[0]
+        assert smallest <= softness(springs, x) * (1 + 1e-5)
 
 
 @pytest.mark.once

@@ -14,10 +14,10 @@ from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import Solution, minimizer, minimum
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.objective import Function
-from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, walls_of
+from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, tolerance, walls_of
 from smallgain_jax.graphs.relaxation import RelaxInfo
 from smallgain_jax.search.box import Box
-from smallgain_jax.search.stopping import RelaxStatus, default_tolerance
+from smallgain_jax.search.stopping import RelaxStatus
 
 LANES = {"cpu": 128}
 """Members that go on side by side, by backend: on a CPU what fits its caches."""
@@ -167,17 +167,18 @@ def _compiled(
     make = partial(_problem, shared, box)
     first = jax.tree.map(lambda leaf: leaf[0], (own, starts))
     dtype = jax.eval_shape(lambda: make(*first).x0).dtype
-    tol = jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
-    loop = partial(_loop, make, own, starts, tol, limit, width)
+    tol = None if tol is None else jnp.asarray(tol, dtype)
+    tols = jax.vmap(lambda own, start: tolerance(make(own, start), tol))(own, starts)
+    loop = partial(_loop, make, own, starts, tols, limit, width)
     ends, computed = still(eqx.filter_closure_convert(loop))()
 
-    def solved(own: Any, start: jax.Array, end: _Ends) -> tuple[Any, jax.Array]:
+    def solved(own: Any, start: jax.Array, tol: jax.Array, end: _Ends) -> tuple[Any, jax.Array]:
         problem = make(own, start)
         solution = Solution(end.x, tol * end.scale, problem.objective, walls_of(problem), None)
         x, value = minimizer(solution), minimum(end.value, solution)
         return (shared.layout.unravel(x) if isinstance(shared, Function) else x), value
 
-    x, value = jax.vmap(solved)(own, starts, ends)
+    x, value = jax.vmap(solved)(own, starts, tols, ends)
     converged = ends.status == RelaxStatus.CONVERGED
     info = RelaxInfo(ends.steps, converged, ends.status, ends.optimality, None)
     return BatchResult(x, value, info, computed)
@@ -189,20 +190,22 @@ def _problem(shared: Any, box: Box | None, own: Any, start: jax.Array) -> Proble
 
 
 def _loop(
-    make: Any, own: Any, starts: jax.Array, tol: jax.Array, limit: jax.Array, width: int
+    make: Any, own: Any, starts: jax.Array, tols: jax.Array, limit: jax.Array, width: int
 ) -> tuple[_Ends, jax.Array]:
     size = starts.shape[0]
 
-    def begun(own: Any, start: jax.Array) -> iteration.Iterate:
+    def begun(own: Any, start: jax.Array, tol: jax.Array) -> iteration.Iterate:
         problem = make(own, start)
         return iteration.start(run_of(problem, tol), problem.x0, None)
 
-    def advanced(own: Any, start: jax.Array, it: iteration.Iterate) -> iteration.Iterate:
+    def advanced(
+        own: Any, start: jax.Array, tol: jax.Array, it: iteration.Iterate
+    ) -> iteration.Iterate:
         over = it.ended | (it.steps >= limit)
         return select(over, it, iteration.advance(run_of(make(own, start), tol), it))
 
     def of(member: jax.Array) -> Any:
-        return jax.tree.map(lambda leaf: leaf[jnp.minimum(member, size - 1)], (own, starts))
+        return jax.tree.map(lambda leaf: leaf[jnp.minimum(member, size - 1)], (own, starts, tols))
 
     def running(c: _Carry) -> jax.Array:
         return (c.member < size) & ~c.iterate.ended & (c.iterate.steps < limit)
@@ -214,8 +217,8 @@ def _loop(
         member = jnp.where(idle, c.following + jnp.cumsum(idle) - 1, c.member)
         member = jnp.minimum(member, size).astype(jnp.int32)
         following = jnp.minimum(c.following + jnp.sum(idle), size).astype(jnp.int32)
-        here, begin = of(member)
-        fresh = jax.vmap(begun)(here, begin)
+        here = of(member)
+        fresh = jax.vmap(begun)(*here)
         iterate = jax.vmap(select)(idle, fresh, c.iterate)
         c = _Carry(member, iterate, following, ends, c.computed)
 
@@ -225,7 +228,7 @@ def _loop(
             return (count > 0) & enough
 
         def step(c: _Carry) -> _Carry:
-            iterate = jax.vmap(advanced)(here, begin, c.iterate)
+            iterate = jax.vmap(advanced)(*here, c.iterate)
             return c._replace(iterate=iterate, computed=c.computed + width)
 
         return jax.lax.while_loop(going, step, c)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import is_concrete
+from smallgain_jax._checks import check_count, is_concrete
 from smallgain_jax.graphs.families import EdgeFamily
 from smallgain_jax.graphs.local import LocalEnergy
 from smallgain_jax.spectral.rows import (
@@ -84,6 +84,7 @@ class EnergyGraph(eqx.Module):
                 raise TypeError(
                     f"edges must be edge families such as Quadratic, got {type(family).__name__}"
                 )
+        check_count("num_nodes", num_nodes, 0)
         self.num_nodes = _common_num_nodes(self.local, num_nodes)
         for family in self.edges:
             _check_ends(family, self.num_nodes)
@@ -300,6 +301,10 @@ class EnergyGraph(eqx.Module):
         >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
         [[2.0, 2.0]]
         """
+        self._check_state(x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"x must be floating, got {x.dtype}: jnp.asarray(x, float)")
+        check_count("scaling_iterations", scaling_iterations, 0)
         if x.ndim == 1 and scaling is None and not scaling_iterations:
             local = self.local_rows(x)
             parts = self._scalar_costs(x, _as_activity(smoothing))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import as_float, check_finite, is_concrete
+from smallgain_jax._tree import closed, gathered
 from smallgain_jax.graphs.graph import Evaluation
 from smallgain_jax.spectral.rows import Activity
 
@@ -89,6 +90,8 @@ class Layout(NamedTuple):
         xp: Any = np if is_concrete(tree) else jnp
         leaves, structure = jax.tree.flatten(tree)
         if structure != self.structure:
+            if tree is None:
+                raise TypeError(f"{name} is None: infinity stands for no bound")
             if not jax.tree_util.treedef_is_leaf(structure) or jnp.shape(leaves[0]) != ():
                 raise ValueError(
                     f"{name} must be a number or have the tree structure of x0, {self.structure}; "
@@ -115,7 +118,7 @@ def laid_out(x0: Any) -> tuple[jax.Array, Layout]:
                 f"{name} is {type(leaf).__name__}, not an array: keep what is not to be "
                 "minimized out of x0, as by equinox.partition(model, equinox.is_inexact_array)"
             )
-        leaves.append(as_float(name, jnp.asarray(leaf)))
+        leaves.append(gathered(as_float(name, jnp.asarray(leaf))))
         check_finite(name, leaves[-1])
     layout = Layout(jax.tree.structure(x0), tuple(leaf.shape for leaf in leaves))
     return layout.ravel(leaves), layout
@@ -165,7 +168,7 @@ class Function(eqx.Module):
 
         def close(fn: Callable[..., Any]) -> Callable[..., Any]:
             whole = lambda tree, data: fn(tree, *eqx.combine(data, rest))  # noqa: E731
-            return eqx.filter_closure_convert(whole, tree, data)
+            return closed(whole, tree, data)
 
         given = close(self.given) if callable(self.given) else self.given
         return Function(close(self.fn), (data,), given, self.layout)

@@ -8,12 +8,15 @@ import numpy as np
 import optax
 
 from smallgain_jax._checks import as_float, check_finite, is_concrete
+from smallgain_jax._tree import gathered, still
 from smallgain_jax.graphs import iteration
+from smallgain_jax.graphs.conditioning import graph_tolerance
 from smallgain_jax.graphs.descent import Metric, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.newton import truncated_newton
 from smallgain_jax.graphs.objective import Function, function
 from smallgain_jax.search.box import Box
+from smallgain_jax.search.stopping import default_tolerance
 
 UNIT = (0.0, 1.0)
 """The default box of a graph."""
@@ -46,7 +49,7 @@ def posed(
         return whole, x0, None if default else _spread_box(bounds, whole)
     if args or rows is not None:
         raise TypeError("args and rows go with a function: a graph holds all that it depends on")
-    x0, nodes = as_float("x0", x0), objective.num_nodes
+    x0, nodes = gathered(as_float("x0", x0)), objective.num_nodes
     if x0.ndim not in (1, 2) or x0.shape[0] != nodes:
         raise ValueError(f"x0 has shape {x0.shape}, expected [{nodes}] or [{nodes}, d]")
     check_finite("x0", x0)
@@ -76,6 +79,7 @@ def _box(bounds: Any, shape: tuple[int, ...]) -> Box | None:
     if bounds is None:
         return None
     _check_pair(bounds)
+    bounds = [_end(name, end) for name, end in zip(("lower", "upper"), bounds, strict=True)]
     for name, end in zip(("lower", "upper"), bounds, strict=True):
         if jnp.shape(end) not in ((), shape):
             raise ValueError(f"bounds: {name} has shape {jnp.shape(end)}, expected () or {shape}")
@@ -83,9 +87,28 @@ def _box(bounds: Any, shape: tuple[int, ...]) -> Box | None:
         if is_concrete(end) and np.isnan(np.asarray(end, float)).any():
             raise ValueError(f"bounds: {name} must not be NaN")
     lower, upper = bounds
-    if is_concrete((lower, upper)) and not np.all(np.asarray(lower) <= np.asarray(upper)):
-        raise ValueError("bounds: lower must not exceed upper")
+    if is_concrete((lower, upper)):
+        low, high = np.asarray(lower), np.asarray(upper)
+        if not np.all(low <= high):
+            raise ValueError("bounds: lower must not exceed upper")
+        if np.any(low == np.inf) or np.any(high == -np.inf):
+            raise ValueError("bounds: lower must be below infinity, and upper above -infinity")
     return Box(jnp.asarray(lower), jnp.asarray(upper))
+
+
+def _end(name: str, end: Any) -> Any:
+    """One end of a box as an array, on the host where it is known."""
+    if isinstance(end, jax.Array):
+        return end
+    if end is None:
+        raise TypeError(f"bounds: {name} is None: infinity stands for no bound")
+    try:
+        return np.asarray(end, float)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"bounds: {name} must be a number or shaped like x0, got {type(end).__name__}; "
+            "infinity stands for no bound"
+        ) from error
 
 
 def settled(problem: Problem) -> Problem:
@@ -104,10 +127,22 @@ def settled(problem: Problem) -> Problem:
         sound &= jnp.all(box.lower <= box.upper)
     if isinstance(objective, EnergyGraph):
         for family in objective.edges:
-            sound &= ~jnp.any(family.weight < 0)
+            sound &= ~jnp.any(family.weight < 0) & jnp.all(family.i != family.j)
+            for ends in (family.i, family.j):
+                sound &= jnp.all((ends >= 0) & (ends < objective.num_nodes))
     # what would have been an error had it been known before
     x0 = jnp.where(sound, x0, jnp.nan)
     return problem._replace(objective=objective, x0=x0, box=box)
+
+
+def tolerance(problem: Problem, tol: Any) -> jax.Array:
+    """The optimality to reach of a settled problem, where `tol` is None what fits it."""
+    x = jax.lax.stop_gradient(walls_of(problem).project(problem.x0))
+    if tol is not None:
+        return jax.lax.stop_gradient(jnp.asarray(tol, x.dtype))
+    if isinstance(problem.objective, EnergyGraph):
+        return graph_tolerance(still(problem.objective), x)
+    return jnp.asarray(default_tolerance(x.dtype), x.dtype)
 
 
 def walls_of(problem: Problem) -> Box:

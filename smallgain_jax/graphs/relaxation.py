@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from smallgain_jax._checks import check_optimizer, is_concrete
+from smallgain_jax._checks import check_optimizer, check_scalar, is_concrete
 from smallgain_jax._show import shows
 from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
@@ -19,13 +19,8 @@ from smallgain_jax.graphs.choice import MetricChoice, choose_metric
 from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.objective import Function
-from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, walls_of
-from smallgain_jax.search.stopping import (
-    RelaxStatus,
-    default_tolerance,
-    length_scale,
-    projected_step,
-)
+from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, tolerance, walls_of
+from smallgain_jax.search.stopping import RelaxStatus, length_scale, projected_step
 
 ADJOINTS = ("implicit", "unrolled")
 
@@ -116,7 +111,9 @@ def relax(
       rows: D of a function where it is known: a tree like x0 (leaves may be scalars), non-negative,
         or a function `rows(x, *args)` that gives one. It need not bound anything.
       tol: the optimality to reach; None is eps^(2/3) of the dtype (4e-11 in double precision, 2e-5
-        in single), 0 goes on until stalled. Entries of `energy` after the end repeat the last.
+        in single), and less on graphs that are known to be so soft against their rows that this
+        would prove nothing (`graphs.conditioning`); 0 goes on until stalled. Entries of `energy`
+        after the end repeat the last.
       adjoint: "implicit" or "unrolled".
       metric: what conditions the gradient of a graph, in the steps of the default optimizer and in
         the implicit adjoint: "rows"; an object with a method
@@ -149,6 +146,7 @@ def relax(
     """
     metric = _chosen(metric, objective, x0)
     _check(objective, optimizer, steps, tol, adjoint, metric)
+    steps = int(steps)
     better = None if isinstance(metric, str) else metric
     problem = Problem(*posed(objective, x0, bounds, args, rows), optimizer, better, record, state)
     data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
@@ -185,8 +183,12 @@ def _check(
         raise TypeError(f"steps = {steps!r} must be an int: it bounds the length of the history")
     if steps < 0:
         raise ValueError(f"steps = {steps} must not be negative")
-    if tol is not None and is_concrete(tol) and np.isnan(np.asarray(tol, float)).any():
-        raise ValueError(f"tol = {tol} must be a number: 0 goes on until nothing descends")
+    if tol is not None:
+        check_scalar("tol", tol)
+        if is_concrete(tol) and not np.asarray(tol) >= 0:
+            raise ValueError(
+                f"tol = {tol} must be at least 0, which goes on until nothing descends"
+            )
     if adjoint not in ADJOINTS:
         raise ValueError(f"adjoint = {adjoint!r} is unknown: choose from {', '.join(ADJOINTS)}")
     known = metric == "rows" if isinstance(metric, str) else hasattr(metric, "precondition")
@@ -211,10 +213,7 @@ def _compiled(
 ) -> RelaxResult:
     problem = Problem(*eqx.combine(data, jax.tree.unflatten(structure, leaves)))
     problem = settled(problem)
-    dtype = problem.x0.dtype
-    tol = jax.lax.stop_gradient(
-        jnp.asarray(default_tolerance(dtype) if tol is None else tol, dtype)
-    )
+    tol = tolerance(problem, tol)
     if adjoint == "unrolled":
         run = run_of(problem, tol, adjoint)
         first = iteration.start(run, problem.x0, problem.state)
@@ -298,7 +297,7 @@ def adjoint_report(
 def _reported(problem: Problem, cotangent: Any, tol: Any) -> AdjointReport:
     problem = still(settled(problem))
     x, objective, walls = problem.x0, problem.objective, walls_of(problem)
-    tol = jnp.asarray(default_tolerance(x.dtype) if tol is None else tol, x.dtype)
+    tol = tolerance(problem, tol)
     step = projected_step(x, objective.gradient(x), objective.rows(x), walls)
     slack = tol * length_scale(x, step, walls)
     solution = Solution(x, slack, objective, walls, problem.metric)

@@ -7,6 +7,8 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import closed
+
 
 class Trial(NamedTuple):
     """A candidate of a line search."""
@@ -62,11 +64,11 @@ def armijo(
     """
     one = jnp.ones((), value.dtype)
     # what a trial closes over must be an argument of the search, which has a derivative of its own
-    closed = eqx.filter_closure_convert(trial, one)
+    converted = closed(trial, one)
     rule = _Rule(decrease, shrink, max_backtracks)
     if resolution is None:
         resolution = jnp.finfo(value.dtype).eps * jnp.abs(value)
-    last, step, accepted, backtracks = _search(closed, value, resolution, one, rule)
+    last, step, accepted, backtracks = _search(converted, value, resolution, one, rule)
     return Search(last, step, accepted, backtracks)
 
 
