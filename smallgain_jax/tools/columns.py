@@ -52,6 +52,8 @@ _MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "-nan", "null", "none"))
 _NUMBER = re.compile(rf"(?!{NO_NUMBER})-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 """An id that is a number: neither 007 nor 1e5."""
 _WHOLE = re.compile(r"(-?\d+)(\.0*)?")
+_SUSPECT = re.compile(r"\n([-.0-9]|[-#nN][^\n]{0,3}(\n|\Z))")
+"""Where ids one a line may hold a number, or the spelling of a missing value."""
 _NOT_ZERO = re.compile(NOT_ZERO)
 _SMALLEST = np.nextafter(0.0, 1.0)
 _SHOWN = 5
@@ -395,25 +397,24 @@ def node_names(columns: Sequence[Column], notes: list[str]) -> list[Names]:
     Raises:
       FileFormatError: a missing cell, a fraction, or a cell that is neither a number nor text.
     """
-    own = [_own_names(column) for column in columns]
-    distinct = [set() if isinstance(names, np.ndarray) else set(names) for names in own]
-    words = {name for names in distinct for name in names if is_missing(name)}
-    if words:
-        k = next(k for k, names in enumerate(distinct) if names & words)
-        row = next(row for row, name in enumerate(own[k]) if name in words)
+    own = [_own_ids(column) for column in columns]
+    for k, ids in enumerate(own):
+        if not ids.words:
+            continue
+        row = next(row for row, name in enumerate(ids.names) if name in ids.words)
         word = columns[k].shown(row)
-        if all(_NUMBER.fullmatch(name) for names in distinct for name in names - words):
+        if all(other.numbers for other in own):
             columns[k].fail(row, f"{word!r} stands for no value: the cell must name a node")
         notes.append(
             f"{columns[k].sheet.path.name}: {word!r} in column {columns[k].name!r} is the name of "
-            "a node, as the other ids are text: no end of an edge may be missing"
+            "a node, as other ids are text: no end of an edge may be missing"
         )
-    for column, names in zip(columns, own, strict=True):
-        if isinstance(names, list) and all(map(_NUMBER.fullmatch, set(names))):
-            _refuse_fractions(column, names)
-    if all(map(_are_whole, distinct)):
-        return [names if isinstance(names, np.ndarray) else _integers(names) for names in own]
-    return [as_text(names) for names in own]
+    for column, ids in zip(columns, own, strict=True):
+        if ids.numbers and not ids.whole and isinstance(ids.names, list):
+            _refuse_fraction(column, ids.names)
+    if all(ids.whole for ids in own):
+        return [np.asarray(ids.names, np.int64) for ids in own]
+    return [as_text(ids.names) for ids in own]
 
 
 def is_missing(cell: str) -> bool:
@@ -443,27 +444,49 @@ def could_name(ids: Sequence[str]) -> bool:
     return fits and len(set(map(_id, ids))) == len(ids) and not any(map(is_missing, ids))
 
 
-def _own_names(column: Column) -> Names:
+class _Ids(NamedTuple):
     """The ids of one column, each as `_id` spells it."""
+
+    names: Names
+    words: frozenset[str] = frozenset()  # those that spell a missing value
+    numbers: bool = False  # whether all others are numbers
+    whole: bool = False  # whether all are whole numbers that int64 holds
+
+
+def _own_ids(column: Column) -> _Ids:
     cells = column.cells
     if isinstance(cells, np.ndarray):
         if cells.dtype.kind == "i":
-            return cells
+            return _Ids(cells, numbers=True, whole=True)
         for k in np.flatnonzero(~(np.isfinite(cells) & (cells == np.round(cells))))[:1]:
             empty = np.isnan(cells[k])
             column.fail(int(k), _EMPTY if empty else f"{column.shown(int(k))} {_NO_ID}")
         if not cells.size or np.abs(cells).max() < 2**53:
-            return cells.astype(np.int64)
-        return [f"{cell:.0f}" for cell in cells]
+            return _Ids(cells.astype(np.int64), numbers=True, whole=True)
+        return _Ids([f"{cell:.0f}" for cell in cells])
     for k, cell in enumerate(cells if set(map(type, cells)) != {str} else ()):
         if cell is None:
             column.fail(k, _EMPTY)
         if isinstance(cell, bool) or not isinstance(cell, str | int | float):
             column.fail(k, f"{cell!r} {_NO_ID}")
-    names = list(map(str, cells))
+    return _text_ids(list(map(str, cells)))
+
+
+def _text_ids(names: list[str]) -> _Ids:
+    # most text has neither numbers nor such words, which one search tells
+    if not _SUSPECT.search("\n" + "\n".join(names)):
+        return _Ids(names)
     # each id once: there are fewer of them than cells
-    other = {name: spelled for name in set(names) if (spelled := _id(name)) != name}
-    return [other.get(name, name) for name in names] if other else names
+    distinct = set(names)
+    other = {name: spelled for name in distinct if (spelled := _id(name)) != name}
+    if other:
+        names = [other.get(name, name) for name in names]
+        distinct = {other.get(name, name) for name in distinct}
+    words = frozenset(filter(is_missing, distinct))
+    numbers = all(name in words or _NUMBER.fullmatch(name) for name in distinct)
+    # text may spell a number of any size
+    whole = numbers and all(len(name) < 19 and _WHOLE.fullmatch(name) for name in distinct)
+    return _Ids(names, words, numbers, whole)
 
 
 def _id(name: str) -> str:
@@ -476,18 +499,7 @@ def _id(name: str) -> str:
     return f"{value:.0f}" if value.is_integer() and abs(value) < 2**53 else name
 
 
-def _are_whole(names: set[str]) -> bool:
-    # text may spell a number of any size
-    return all(
-        len(name) < 19 and _WHOLE.fullmatch(name) and _NUMBER.fullmatch(name) for name in names
-    )
-
-
-def _integers(names: list[str]) -> np.ndarray:
-    return np.array(list(map(int, names)), np.int64)
-
-
-def _refuse_fractions(column: Column, names: list[str]) -> None:
+def _refuse_fraction(column: Column, names: list[str]) -> None:
     for k, name in enumerate(names):
         if not _WHOLE.fullmatch(name):
             column.fail(k, f"{name} {_NO_ID}")

@@ -37,6 +37,9 @@ def read_graphml(path: Path) -> tuple[Sheet, Sheet]:
             root = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:
             raise FileFormatError(path, error.position[0], None, str(error)) from error
+        except (LookupError, ValueError) as error:
+            problem = f"the file cannot be read: {error}"
+            raise FileFormatError(path, None, None, problem) from error
     graphs = [element for element in root if _tag(element) == "graph"]
     if _tag(root) != "graphml" or len(graphs) != 1:
         problem = f"the file holds {len(graphs)} graphs, expected one inside <graphml>"

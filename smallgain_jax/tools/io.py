@@ -58,8 +58,10 @@ from smallgain_jax.tools.edgelist import read_edgelist
 from smallgain_jax.tools.graphml import read_graphml
 from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 from smallgain_jax.tools.tables import (
+    ARCHIVE_ERRORS,
     PathLike,
     Sheet,
+    as_format_error,
     decoded,
     opened,
     optional_module,
@@ -354,6 +356,10 @@ def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[Matr
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         # an editor's mark, which SciPy does not know
         data = decoded(path, data).encode()
+    if b"\0" in data:
+        # which SciPy does not survive
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise FileFormatError(path, line, None, "the line holds a NUL byte: this is no text")
     # SciPy would read 0,5 as 0
     if comma := re.search(rb"^[^%\n][^\n]*,", data, re.MULTILINE):
         line = data.count(b"\n", 0, comma.start()) + 1
@@ -387,12 +393,9 @@ def _vanished(data: bytes) -> int:
 def _read_sparse(
     path: Path, arrays: Mapping[str, np.ndarray], symmetrize: str | bool | None
 ) -> tuple[MatrixEdges, list[str]]:
-    try:
-        with opened(path) as file:
-            matrix = scipy.sparse.coo_array(scipy.sparse.load_npz(file))
+    with opened(path) as file, as_format_error(path, *ARCHIVE_ERRORS):
+        matrix = scipy.sparse.coo_array(scipy.sparse.load_npz(file))
         return _matrix(path, matrix, symmetrize, 0)
-    except (ValueError, TypeError, KeyError) as error:
-        raise FileFormatError(path, None, None, f"the file cannot be read: {error}") from error
 
 
 def _matrix(

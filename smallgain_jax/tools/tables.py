@@ -46,6 +46,8 @@ NOT_ZERO = r"^[^eE]*[1-9]"
 """How text begins that spells another number than 0, even one that underflows to it."""
 _TINY = re.compile(r"[eE]-\d{3}|\.0{300}")
 """What the spelling of a number has that underflows."""
+ARCHIVE_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile)
+"""What reading a damaged, an encrypted or an unknown kind of NPZ archive raises."""
 _EXACT = 2.0**53
 _EXCEL = re.compile(r"sep=(.|\\t)\s*", re.IGNORECASE)
 """The line before the header by which a spreadsheet tells what parts the cells."""
@@ -586,7 +588,7 @@ def _ends_apart(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an NPZ file by name; pickled objects are refused."""
-    with as_format_error(path, ValueError, EOFError, zipfile.BadZipFile), opened(path) as file:
+    with opened(path) as file, as_format_error(path, *ARCHIVE_ERRORS):
         arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
         if isinstance(arrays, np.ndarray):
             raise ValueError("it holds one array without a name")
