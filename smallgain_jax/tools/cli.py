@@ -217,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-      The exit code: 0; 1 where a relaxation ended higher than it began or is not finite; 2 after a message on
-      standard error that says what was wrong; 130 when interrupted.
+      The exit code: 0; 1 where a relaxation ended higher than it began or is not finite; 2 after a
+      message on standard error that says what was wrong; 130 when interrupted.
 
     >>> main(["relax", "missing.csv"])
     2

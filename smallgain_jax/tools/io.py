@@ -56,9 +56,9 @@ from smallgain_jax.tools.columns import (
 )
 from smallgain_jax.tools.edgelist import read_edgelist
 from smallgain_jax.tools.graphml import read_graphml
-from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 from smallgain_jax.tools.tables import (
     ARCHIVE_ERRORS,
+    NOT_ZERO,
     PathLike,
     Sheet,
     as_format_error,
@@ -70,6 +70,7 @@ from smallgain_jax.tools.tables import (
     read_sheet,
     suffix_of,
 )
+from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 
 _SPARSE = {"format", "shape", "data"}
 """Arrays that `scipy.sparse.save_npz` writes."""
@@ -356,10 +357,12 @@ def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[Matr
     if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         # an editor's mark, which SciPy does not know
         data = decoded(path, data).encode()
+    # SciPy 1.17 crashes at a NUL byte, and at what a last line without an end has left over
     if b"\0" in data:
-        # which SciPy does not survive
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise FileFormatError(path, line, None, "the line holds a NUL byte: this is no text")
+    if not data.endswith(b"\n"):
+        data += b"\n"
     # SciPy would read 0,5 as 0
     if comma := re.search(rb"^[^%\n][^\n]*,", data, re.MULTILINE):
         line = data.count(b"\n", 0, comma.start()) + 1
@@ -384,10 +387,10 @@ def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[Matr
 
 def _vanished(data: bytes) -> int:
     """How many numbers of a matrix are 0 only because they are too small, as 1e-400 is."""
-    if not re.search(rb"[eE]-\d{3}", data):
+    if not re.search(rb"[eE]-\d{3}|\.0{300}", data):
         return 0
-    small = re.findall(rb"[-+.\d]*[1-9][.\d]*[eE]-\d{3,}(?=\s|$)", data)
-    return sum(float(number) == 0 for number in small)
+    written = re.findall(rb"(?:\d+\.?\d*|\.\d+)(?:[eE]-\d+)?(?=\s)", data)
+    return sum(float(n) == 0 and re.match(NOT_ZERO, n.decode()) is not None for n in written)
 
 
 def _read_sparse(
