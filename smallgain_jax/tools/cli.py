@@ -475,8 +475,8 @@ def _run_relax(command: Relax) -> int:
 
 
 def _rose(facts: dict[str, Any]) -> bool:
-    # infinity is no energy to end below
-    return not facts["final_energy"] <= facts["start_energy"] < math.inf
+    start = facts["start_energy"]
+    return math.isfinite(start) and not facts["final_energy"] <= start
 
 
 def _overflowed(facts: dict[str, Any]) -> bool:
