@@ -464,7 +464,9 @@ def _own_ids(column: Column) -> _Ids:
         if not cells.size or np.abs(cells).max() < 2**53:
             return _Ids(cells.astype(np.int64), numbers=True, whole=True)
         return _Ids([f"{cell:.0f}" for cell in cells])
-    for k, cell in enumerate(cells if set(map(type, cells)) != {str} else ()):
+    if set(map(type, cells)) == {str}:
+        return _text_ids(cells)
+    for k, cell in enumerate(cells):
         if cell is None:
             column.fail(k, _EMPTY)
         if isinstance(cell, bool) or not isinstance(cell, str | int | float):

@@ -297,7 +297,7 @@ def _separator(line: str, following: Iterable[str]) -> str:
         return best
     words = _split(line, " ")
     width = len(words)
-    sizes = {len(_split(text, " ")) for text in following if not text.startswith(COMMENTS)}
+    sizes = {len(_split(text, " ")) for text in following if not text.lstrip().startswith(COMMENTS)}
     # R's rows have one more cell than its header; numbers are not the name of a single column
     spaced = sizes <= {width, width + 1} or all(map(_is_number, words))
     return " " if width > 1 and spaced else ","
