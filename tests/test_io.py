@@ -663,6 +663,15 @@ class TestFilesAsPeopleHaveThem:
         (note,) = read.notes
         assert note.startswith("e.csv: 'NA' in column 'source' is the name of a node")
 
+    def test_no_value_is_judged_beside_all_ids(self, tmp_path):
+        read = read_graph(csv_file(tmp_path / "e.csv", "source,target\n1,a\nnan,b\n1.5,nan\n"))
+        assert read.labels == ("1", "a", "nan", "b", "1.5")
+        assert len(read.notes) == 2
+        edges = csv_file(tmp_path / "e.csv", "source,target\n0,1\n")
+        nodes = csv_file(tmp_path / "n.csv", "node,start\n0,1\n1,1\nNA,1\n")
+        with pytest.raises(FileFormatError, match=r"n.csv, line 4, column 'node': 'NA' stands for"):
+            read_graph(edges, nodes)
+
     @pytest.mark.parametrize("word", ["nan", "NA", "null"])
     @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
     def test_no_value_is_no_id_among_numbers(self, tmp_path, word, suffix):

@@ -164,10 +164,9 @@ def _first_line(sheet: Sheet) -> list[str]:
 
 def _again(sheet: Sheet) -> bool:
     """Whether the first id of a table without weights, 0, occurs in another row."""
-    ends = [cells[1:] for cells in sheet.cells[:2]]
-    return len(sheet.cells) == 2 and any(
-        np.any(np.asarray(end) == sheet.cells[0][0]) for end in ends
-    )
+    ends = [cells[1:] for cells in sheet.cells]
+    found = [bool(np.any(e == 0)) if isinstance(e, np.ndarray) else "0" in e for e in ends]
+    return len(found) == 2 and any(found)
 
 
 def may_mean(name: str, named: Mapping[str, str | None]) -> bool:
@@ -410,7 +409,8 @@ def node_names(columns: Sequence[Column], notes: list[str]) -> list[Names]:
             "a node, as other ids are text: no end of an edge may be missing"
         )
     for column, ids in zip(columns, own, strict=True):
-        if ids.numbers and not ids.whole and isinstance(ids.names, list):
+        # beside a word that is a name, a fraction is one too
+        if ids.numbers and not ids.whole and not ids.words and isinstance(ids.names, list):
             _refuse_fraction(column, ids.names)
     if all(ids.whole for ids in own):
         return [np.asarray(ids.names, np.int64) for ids in own]
@@ -463,7 +463,7 @@ def _own_ids(column: Column) -> _Ids:
             column.fail(int(k), _EMPTY if empty else f"{column.shown(int(k))} {_NO_ID}")
         if not cells.size or np.abs(cells).max() < 2**53:
             return _Ids(cells.astype(np.int64), numbers=True, whole=True)
-        return _Ids([f"{cell:.0f}" for cell in cells])
+        return _Ids([f"{cell:.0f}" for cell in cells], numbers=True)
     if set(map(type, cells)) == {str}:
         return _text_ids(cells)
     for k, cell in enumerate(cells):
