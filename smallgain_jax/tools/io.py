@@ -59,6 +59,7 @@ from smallgain_jax.tools.graphml import read_graphml
 from smallgain_jax.tools.tables import (
     ARCHIVE_ERRORS,
     NOT_ZERO,
+    PARTS,
     PathLike,
     Sheet,
     as_format_error,
@@ -76,8 +77,6 @@ _SPARSE = {"format", "shape", "data"}
 """Arrays that `scipy.sparse.save_npz` writes."""
 _ENDS = ("source", "target")
 Columns = dict[str, np.ndarray]
-PARTS = "part-*.parquet"
-"""Files of a table that was written in parts, in order, in a folder of their own."""
 
 
 class GraphFile(NamedTuple):

@@ -25,8 +25,8 @@ from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import RelaxResult, relax
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import RelaxStatus
-from smallgain_jax.tools.io import PARTS, write_table
-from smallgain_jax.tools.tables import PathLike, optional_module
+from smallgain_jax.tools.io import write_table
+from smallgain_jax.tools.tables import PARTS, PathLike, optional_module
 from smallgain_jax.tools.telemetry import CUMULATIVE, Table, table
 
 CHUNKS = 20

@@ -35,6 +35,8 @@ Cells = np.ndarray | list[Any]
 
 DELIMITED = (".csv", ".tsv", ".tab", ".txt", ".dat", ".edges", ".edgelist")
 TABLES = (*DELIMITED, ".parquet", ".npz")
+PARTS = "part-*.parquet"
+"""Files of a table that was written in parts, in order, in a folder of their own."""
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 _SEPARATORS = (",", ";", "\t", "|")
