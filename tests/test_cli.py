@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -65,7 +66,7 @@ def test_relax_writes_state_telemetry_and_summary(files, capsys):
     np.testing.assert_allclose(state["x"], solution, atol=1e-7)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["final_energy"] == pytest.approx(energy, abs=1e-12)
-    assert summary["converged"] is True
+    assert (summary["converged"], summary["status"]) == (True, "converged")
     assert summary["optimality"] <= summary["tol"]
     assert summary["precision"] == "float64"
     told = pl.read_csv(out / "telemetry.csv")
@@ -84,7 +85,7 @@ def test_relax_writes_state_telemetry_and_summary(files, capsys):
 def test_weighted_methods_write_their_margins(files, caplog):
     flags = ("--method", "auto_cap", "--steps", 5, "--rows", "--no-x64", "--out", "o/p")
     with caplog.at_level("INFO", logger="smallgain_jax"):
-        assert run(*flags, "--live", "l.csv", "l.jsonl", "--log") == 0
+        assert run(*flags, "--live", "l.csv", "l.jsonl", "l.parquet", "--log") == 0
     told = pl.read_csv(files / "o" / "p" / "telemetry.csv")
     assert {"margin:global", "share:Quadratic", "margin:row:2"} <= set(told.columns)
     assert told.height == 6
@@ -94,6 +95,11 @@ def test_weighted_methods_write_their_margins(files, caplog):
         assert live["step"].to_list() == told["step"].to_list()
     assert len(caplog.records) == 5
     assert caplog.records[-1].getMessage().startswith("step=5 ")
+    # all that was written live can be drawn
+    for name in ("l.csv", "l.jsonl", "l.parquet"):
+        assert cli.main(["plot", name, "--out", "drawn"]) == 0
+        assert len(list((files / "drawn").iterdir())) > 1
+        shutil.rmtree(files / "drawn")
     assert json.loads((files / "o/p/summary.json").read_text())["precision"] == "float32"
 
 
@@ -128,6 +134,20 @@ def test_flags_override_the_configuration(files):
         (["relax", "edges.csv", "--steps", "-1"], "steps = -1 must not be negative"),
         (["relax", "edges.csv", "--tol", "nan"], "tol = nan must be at least 0"),
         (["relax", "edges.csv", "--lower", "2"], "lower = 2.0 must not exceed upper"),
+        (["relax", "."], ".: Is a directory"),
+        (["relax", "edges.csv", "--nodes", "."], ".: Is a directory"),
+        (["relax", "e.csv.bz2"], "e.csv.bz2: the file cannot be read: Invalid data stream"),
+        (
+            ["relax", "edges.csv", "--lower", "inf", "--upper", "inf"],
+            "lower = inf leaves no number between the bounds",
+        ),
+        (
+            ["relax", "edges.csv", "--lower=-inf", "--upper=-inf"],
+            "upper = -inf leaves no number between the bounds",
+        ),
+        (["plot", "head.csv"], "head.csv: the file is empty: it holds no rows"),
+        (["plot", "head.csv", "--metric", "step"], "head.csv: the file is empty"),
+        (["plot", "."], "the folder holds no part-*.parquet"),
         (["relax", "edges.csv", "--learning-rate", "1"], "learning_rate: method default has none"),
         (["relax", "edges.csv", "--method", "sgd", "--learning-rate", "-1"], "learning_rate = -1"),
         (["relax", "edges.csv", "--out", "nodes.csv"], "out = nodes.csv is a file"),
@@ -154,6 +174,8 @@ def test_flags_override_the_configuration(files):
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(files, capsys, arguments, message):
+    (files / "e.csv.bz2").write_text("source,target\n0,1\n")
+    (files / "head.csv").write_text("step,energy:reference\n")
     (files / "bad.csv").write_text("source,target,weight\n0,1,1\n1,2,x\n")
     (files / "bad.toml").write_text("stepz = 3\n")
     (files / "plan.toml").write_text('[[suites]]\ngenerator = "ring"\nseeds = 3\n')
@@ -229,6 +251,19 @@ def test_a_box_so_wide_that_any_start_is_within_the_tolerance_is_told(files, cap
     note = notes(capsys)[-1]
     assert "to 1e-08 (tol) of the box, which is 2e+30 wide" in note
     assert "a bound that is meant for none is written as inf" in note
+
+
+@pytest.mark.parametrize("method", ["default", "sgd", "lbfgs", "small_gain"])
+@pytest.mark.parametrize(("size", "flags"), [("1e308", ()), ("1e38", ("--no-x64",))])
+def test_an_energy_that_overflows_is_told_and_fails(files, capsys, size, flags, method):
+    (files / "edges.csv").write_text(f"source,target,weight\nann,bob,{size}\nbob,eve,{size}\n")
+    (files / "nodes.csv").write_text("node,start\nann,0\nbob,1\neve,0\n")
+    assert run("--upper", "1.5", "--method", method, *flags) == 1
+    (note,) = [note for note in notes(capsys) if "is not finite in float" in note]
+    assert "divide all weights, a and b by one number" in note
+    assert ("without --no-x64" in note) == bool(flags)
+    summary = json.loads((files / "edges-relaxed" / "summary.json").read_text())
+    assert (summary["converged"], summary["status"]) == (False, "not_finite")
 
 
 @pytest.mark.parametrize("size", ["1e-30", "1e30", "1e-300", "1e300"])

@@ -272,6 +272,7 @@ class TestCsv:
             ("a b {'weight': 0.5}\nb c\n", 2, None, "expected two ends and a dictionary"),
             ("a b {'weight': 0.5}\na b c {}\n", 2, None, "expected two ends and a dictionary"),
             ("a b {'w': f(1)}\n", 1, None, "is not a dictionary of numbers and text"),
+            ("a b {1, 2}\n", 1, None, "is not a dictionary of numbers and text"),
             ("source,target,family\n0,1,springs\n", 2, "family", "unknown: choose from quadratic"),
             ("source,target,family\n0,1,directed\n", 2, "family", "did you mean 'directed_hinge'"),
             ("source,target\n0,1\n1.5,2\n", 3, "source", "1.5 is neither an integer nor text"),
@@ -335,6 +336,7 @@ class TestCsv:
         assert caught.value.line == 3
 
 
+NUMBERED = [(3, 2, 0.5), (2, 1, 2.0), (1, 3, 1.25)]
 EDGES = [("ann", "bob", 0.5), ("bob", "eve", 2.0), ("eve", "ann", 1.25)]
 
 
@@ -428,6 +430,17 @@ class TestFilesAsPeopleHaveThem:
                 "source,target,weight\r\nann,bob,0.5\r\nbob,eve,2\r\neve,ann,1.25\r\n,,\r\n,,\r\n",
                 0,
             ),
+            (
+                "blank-first.csv",
+                ",,\nsource,target,weight\n,,\nann,bob,0.5\n , ,\t\nbob,eve,2\neve,ann,1.25\n",
+                0,
+            ),
+            (
+                "comment-first.csv",
+                "source,target,weight\n#ann,eve,5\nann,bob,0.5\n //ann,eve,5\nbob,eve,2\n"
+                "\t% ann,eve,5\neve,ann,1.25\n",
+                1,
+            ),
             ("melted.csv", "i,j,value\nann,bob,0.5\nbob,eve,2\neve,ann,1.25\n", 0),
             (
                 "pair.csv",
@@ -444,7 +457,7 @@ class TestFilesAsPeopleHaveThem:
             (
                 "networkx.txt",
                 "# made\nann\tbob\t{'weight': np.float64(0.5), 'since': 'a, {b}'}\n"
-                "bob\teve\t{'weight': 2}\neve\tann\t{'weight': 1.25}\n",
+                "bob\teve\t{'weight': 2}\n % no edge\neve\tann\t{'weight': 1.25}\n",
                 1,
             ),
             (
@@ -481,6 +494,19 @@ class TestFilesAsPeopleHaveThem:
             ),
             ("source,target,weight\n1e5,7e2,0.5\n7e2,1e2,2\n1e2,1e5,1.25\n", ("1e5", "7e2", "1e2")),
             ("source,target,weight\n007,7,0.5\n7,70,2\n70,007,1.25\n", ("007", "7", "70")),
+            # one spelling of each id, whatever stands beside it
+            ("source,target,weight\n1.0,2.0,0.5\n2.0,x,2\nx,1,1.25\n", "12x"),
+            ("source,target,weight\n1,-0,0.5\n-0.0,x,2\nx,1.,1.25\n", "10x"),
+            ("source,target,weight\n1,0,0.5\n\n-0,2,2\n2,1e+0,1.25\n", "102"),
+            (
+                "".join(f"{i:.18e} {j:.18e} {w:.18e}\n" for i, j, w in NUMBERED),
+                "321",
+            ),
+            (
+                "source,target,weight\n\n"
+                + "".join(f"{i:.18e},{j:.18e},{w}\n" for i, j, w in NUMBERED),
+                "321",
+            ),
         ],
     )
     def test_numbers(self, tmp_path, monkeypatch, engine, text, labels):
@@ -506,6 +532,31 @@ class TestFilesAsPeopleHaveThem:
             nx.Graph([("ann", "bob", {"weight": 0.5})]), tmp_path / "w.edges"
         )
         assert_edges(read_graph(tmp_path / "w.edges"), [("ann", "bob", 0.5)])
+        values = [np.nan, np.float64(np.nan), np.True_, None, np.float32(0.5), 2]
+        network = nx.Graph([(f"n{k}", "z", {"weight": value}) for k, value in enumerate(values)])
+        nx.write_edgelist(network, tmp_path / "v.edgelist")
+        read = read_graph(tmp_path / "v.edgelist")
+        assert read.graph.edges[0].weight.tolist() == [1.0, 1.0, 1.0, 1.0, 0.5, 2.0]
+        assert "3 of 6 cells of column 'weight' hold no value" in read.notes[0]
+        nx.write_edgelist(nx.Graph([("a", "b", {"weight": np.inf})]), tmp_path / "i.edgelist")
+        with pytest.raises(FileFormatError, match="column 'weight': inf must be finite"):
+            read_graph(tmp_path / "i.edgelist")
+
+    @pytest.mark.parametrize(
+        ("names", "message"),
+        [
+            (
+                "0123",
+                r"line \d+: the row has \d cells?, .*: if each line holds a node and its neigh",
+            ),
+            ("abcd", "there are 'a b c' alone, as white space parts cells only where all lines"),
+        ],
+    )
+    def test_lists_of_neighbours_are_told_from_edges(self, tmp_path, names, message):
+        a, b, c, d = names
+        nx.write_adjlist(nx.Graph([(a, b), (a, c), (b, d)]), tmp_path / "e.txt")
+        with pytest.raises(FileFormatError, match=message):
+            read_graph(tmp_path / "e.txt")
 
     def test_an_inch_is_no_quote(self, tmp_path):
         text = 'source,target,note\nann,bob,5" pipe\nbob,eve,x\n'
@@ -534,10 +585,39 @@ class TestFilesAsPeopleHaveThem:
             file.write(plain.read_bytes())
         assert_edges(read_graph(packed), [("1", "2", 2.0)])
 
-    def test_broken_compression(self, tmp_path):
-        (tmp_path / "e.csv.gz").write_bytes(b"source,target\n0,1\n")
-        with pytest.raises(FileFormatError, match="cannot be read"):
-            read_graph(tmp_path / "e.csv.gz")
+    @pytest.mark.parametrize("damage", ["truncated", "corrupt", "other"])
+    @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+    @pytest.mark.parametrize("kind", [".csv", ".edgelist", ".graphml", ".mtx", ".npz"])
+    def test_broken_compression(self, tmp_path, kind, suffix, damage):
+        path = tmp_path / f"g{kind}{suffix}"
+        with tables._OPENERS[suffix](path, "wb") as file:
+            file.write(np.random.default_rng(0).bytes(4000))
+        data = bytearray(path.read_bytes())
+        if damage == "corrupt":
+            data[len(data) // 2] ^= 255
+            data[-8] ^= 255
+        path.write_bytes(
+            {"truncated": data[:-9], "corrupt": data, "other": b"source,target\n0,1\n"}[damage]
+        )
+        with pytest.raises(FileFormatError, match=f"g{kind}{suffix}.*cannot be read"):
+            read_graph(path)
+
+    @pytest.mark.parametrize("at", [150, -20])
+    @pytest.mark.parametrize("kind", ["columns", "matrix"])
+    def test_broken_archives(self, tmp_path, kind, at):
+        path = tmp_path / "g.npz"
+        if kind == "columns":
+            np.savez_compressed(path, source=np.arange(99), target=np.arange(99) + 1)
+        else:
+            scipy.sparse.save_npz(path, scipy.sparse.csr_array(np.eye(9, k=1)))
+        data = bytearray(path.read_bytes())
+        data[at] ^= 255
+        path.write_bytes(data)
+        with pytest.raises(FileFormatError, match=r"g.npz.*cannot be read"):
+            read_graph(path)
+        path.write_bytes(data[:at])
+        with pytest.raises(FileFormatError, match=r"g.npz.*cannot be read"):
+            read_graph(path)
 
     def test_columns_by_the_callers_names(self, tmp_path):
         text = "source,A,B,Cost\nweb,ann,bob,0.5\nweb,bob,eve,2\nweb,eve,ann,1.25\n"
@@ -580,11 +660,61 @@ class TestFilesAsPeopleHaveThem:
     def test_a_country_may_be_called_na(self, tmp_path):
         read = read_graph(csv_file(tmp_path / "e.csv", "source,target\nNA,DE\nDE,FR\n"))
         assert read.labels == ("NA", "DE", "FR")
+        (note,) = read.notes
+        assert note.startswith("e.csv: 'NA' in column 'source' is the name of a node")
 
-    def test_a_first_line_of_counts_is_told(self, tmp_path):
-        read = read_graph(csv_file(tmp_path / "e.txt", "5 4\n0 1\n1 2\n2 3\n3 4\n"))
-        assert read.graph.num_edges == 5
-        assert any("its first line, 5 4, is read as an edge" in note for note in read.notes)
+    def test_no_value_is_judged_beside_all_ids(self, tmp_path):
+        read = read_graph(csv_file(tmp_path / "e.csv", "source,target\n1,a\nnan,b\n1.5,nan\n"))
+        assert read.labels == ("1", "a", "nan", "b", "1.5")
+        assert len(read.notes) == 2
+        edges = csv_file(tmp_path / "e.csv", "source,target\n0,1\n")
+        nodes = csv_file(tmp_path / "n.csv", "node,start\n0,1\n1,1\nNA,1\n")
+        with pytest.raises(FileFormatError, match=r"n.csv, line 4, column 'node': 'NA' stands for"):
+            read_graph(edges, nodes)
+
+    @pytest.mark.parametrize("word", ["nan", "NA", "null"])
+    @pytest.mark.parametrize("suffix", [".csv", ".parquet", ".npz"])
+    def test_no_value_is_no_id_among_numbers(self, tmp_path, word, suffix):
+        for ends in (["0", "1.0"], ["1", word]), ([0, 1], [word, word]):
+            columns = dict(zip(("source", "target"), ends, strict=True))
+            with pytest.raises(FileFormatError, match=f"{word!r} stands for no value") as caught:
+                read_graph(write_table(tmp_path / f"e{suffix}", columns))
+            assert caught.value.column == "target"
+
+    @pytest.mark.parametrize(
+        ("text", "first"),
+        [
+            ("5 4\n0 1\n1 2\n2 3\n3 4\n", "5 4, is read as an edge: remove it if it says that"),
+            ("0,1,2\n5,6,0.5\n", "0, 1, 2, is read as an edge: remove it if it numbers the col"),
+            ("0,1\n1,2\n2,3\n3,1\n", "0, 1, is read as an edge: remove it if it numbers the col"),
+            ("0 1\n1 2\n2 0\n", None),
+            ("0 1\n", None),
+        ],
+    )
+    def test_a_first_line_that_may_be_none_is_told(self, tmp_path, text, first):
+        read = read_graph(csv_file(tmp_path / "e.txt", text))
+        assert read.graph.num_edges == text.count("\n")
+        told = [note for note in read.notes if "its first line" in note]
+        assert len(told) == (first is not None)
+        assert all(f"its first line, {first}" in note for note in told)
+
+    @pytest.mark.parametrize("engine", ["polars", "numpy", "careful"])
+    @pytest.mark.parametrize(
+        ("weight", "told"),
+        [("1e-400", 1), ("1.5E-4000", 1), (f"0.{'0' * 400}1", 1), ("0e-400", 0), ("0.0", 0)],
+    )
+    def test_a_weight_that_underflows_is_told(self, tmp_path, monkeypatch, engine, weight, told):
+        if engine == "numpy":
+            monkeypatch.setitem(sys.modules, "polars", None)
+        elif engine == "careful":
+            monkeypatch.setattr(tables, "_fast_cells", lambda *parts: None)
+        read = read_graph(csv_file(tmp_path / "e.csv", f"source,target,w\n0,1,{weight}\n1,2,1\n"))
+        assert read.graph.edges[0].weight.tolist() == [0.0, 1.0]
+        assert sum("1 of 2 cells of column 'w' are too small" in n for n in read.notes) == told
+        text = f"%%MatrixMarket matrix coordinate real general\n3 3 2\n1 2 {weight}\n2 3 1\n"
+        read = read_graph(csv_file(tmp_path / "m.mtx", text))
+        assert read.graph.edges[0].weight.tolist() == [0.0, 1.0]
+        assert sum("1 entry is too small for float64" in n for n in read.notes) == told
 
     def test_not_utf8_names_the_line(self, tmp_path):
         path = tmp_path / "e.csv"
@@ -597,6 +727,26 @@ class TestFilesAsPeopleHaveThem:
         path = csv_file(tmp_path / "t.csv", "step;energy\n0;0,5\n1;\n")
         columns = read_columns(path)
         np.testing.assert_array_equal(columns["energy"], [0.5, np.nan])
+
+    @pytest.mark.parametrize(
+        ("name", "text", "message"),
+        [
+            ("t.csv", "step,energy\n", "the file is empty: it holds no rows"),
+            ("t.jsonl", "", "the file is empty"),
+            ("t.jsonl", '{"step": 0}\n{"step"', "line 2: the line cannot be read"),
+            ("t.jsonl", "3\n", "line 1: the line is no JSON object"),
+            ("t.jsonl", '{"step": "x"}\n', "line 1, column 'step': 'x' is not a number"),
+        ],
+    )
+    def test_tables_without_numbers(self, tmp_path, name, text, message):
+        with pytest.raises(FileFormatError, match=message):
+            read_columns(csv_file(tmp_path / name, text))
+
+    def test_folders_without_parts(self, tmp_path):
+        with pytest.raises(FileFormatError, match=r"the folder holds no part-\*.parquet"):
+            read_columns(tmp_path)
+        with pytest.raises(IsADirectoryError):
+            read_graph(tmp_path)
 
 
 class TestOtherTables:
@@ -664,10 +814,17 @@ class TestOtherTables:
         read = read_graph(tmp_path / "g.npz")
         assert_edges(read, [("0", "1", 1.0), ("1", "2", 1.0)])
         assert read.notes == (
-            "g.npz, ignored array 'x' of shape (3, 5)",
-            "g.npz, ignored array 'num_nodes' of shape ()",
-            "g.npz, ignored array 'y' of shape (3,)",
+            "g.npz: ignored array 'x' of shape (3, 5), array 'num_nodes' of shape (), array 'y' of "
+            "shape (3,); every weight is 1 (a weight is an array of one number an edge)",
         )
+
+    def test_weights_of_another_shape_are_told(self, tmp_path):
+        ends = {"edge_index": [[0, 1], [1, 2]], "edge_attr": np.full((2, 1), 0.5)}
+        np.savez(tmp_path / "g.npz", **ends)
+        (note,) = read_graph(tmp_path / "g.npz").notes
+        assert "array 'edge_attr' of shape (2, 1); every weight is 1" in note
+        np.savez(tmp_path / "g.npz", edge_weight=np.full(2, 0.5), **ends)
+        assert_edges(read_graph(tmp_path / "g.npz"), [("0", "1", 0.5), ("1", "2", 0.5)])
 
     def test_arrays_that_are_no_columns(self, tmp_path):
         np.savez(tmp_path / "e.npz", source=np.zeros((3, 1)), target=np.ones((3, 1)))
@@ -749,7 +906,7 @@ class TestGraphml:
         with pytest.raises(FileFormatError, match="also the source"):
             read_graph(tmp_path / "loop.graphml")
         nx.write_graphml(nx.empty_graph(2), tmp_path / "none.graphml")
-        with pytest.raises(FileFormatError, match="empty"):
+        with pytest.raises(FileFormatError, match="the graph is empty: it has no edge"):
             read_graph(tmp_path / "none.graphml")
 
     def test_names_the_line_of_broken_xml(self, tmp_path):
@@ -757,6 +914,9 @@ class TestGraphml:
         with pytest.raises(FileFormatError) as caught:
             read_graph(path)
         assert caught.value.line == 3
+        path = csv_file(tmp_path / "g.graphml", '<?xml version="1.0" encoding="utf-6"?><graphml/>')
+        with pytest.raises(FileFormatError, match="unknown encoding"):
+            read_graph(path)
 
 
 class TestMatrixMarket:
@@ -782,11 +942,13 @@ class TestMatrixMarket:
     @pytest.mark.parametrize(
         ("head", "body", "message"),
         [
-            ("real general", "3 3 1\n2 2 1.0\n", "empty"),
+            ("real general", "3 3 1\n2 2 1.0\n", "is empty: it has no entry off the diagonal"),
             ("real general", "3 3 1\n2 1 -1.0\n", r"matrix\[2, 1\] = -1.0 must.*Laplacian"),
             ("real general", "3 2 1\n2 1 1.0\n", "shape"),
             ("complex general", "3 3 1\n2 1 1.0 1.0\n", "real"),
-            ("real general", "3 3 0\n", "empty"),
+            ("real general", "3 3 0\n", "is empty: it has no entry off the diagonal"),
+            # SciPy 1.17 dies of it
+            ("real general", "3 3 2\n1 2 1.0\0\n2 3 1.0\n", "line 3: the line holds a NUL byte"),
         ],
     )
     def test_names_the_entry(self, tmp_path, head, body, message):
@@ -799,6 +961,16 @@ class TestMatrixMarket:
         with pytest.raises(FileFormatError) as caught:
             read_graph(csv_file(tmp_path / "m.mtx", text))
         assert caught.value.line == 4
+
+    def test_what_follows_the_last_entry(self, tmp_path):
+        text = "%%MatrixMarket matrix coordinate real general\n2 2 1\n2 1 7 x"
+        assert_edges(read_graph(csv_file(tmp_path / "m.mtx", text)), [("2", "1", 7.0)])
+
+    @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+    def test_an_editors_mark(self, tmp_path, encoding):
+        text = "%%MatrixMarket matrix coordinate real general\n2 2 1\n2 1 7\n"
+        (tmp_path / "m.mtx").write_bytes(text.encode(encoding))
+        assert_edges(read_graph(tmp_path / "m.mtx"), [("2", "1", 7.0)])
 
 
 GRAPHML = """<?xml version="1.0" encoding="UTF-8"?>
@@ -832,6 +1004,36 @@ class TestGraphmlOfOthers:
             graphml(tmp_path / "g.graphml", key("weight", of, default=5), NODES + edges)
         )
         assert_edges(read, [("n0", "n1", 5.0), ("n1", "n2", 0.5)])
+
+    @pytest.mark.parametrize("value", ["", " ", "NaN"])
+    def test_an_edge_without_a_value_has_the_default(self, tmp_path, value):
+        edge = f'<edge source="n0" target="n1"><data key="edge_weight">{value}</data></edge>'
+        keys = key("weight", "edge", default=5)
+        assert_edges(
+            read_graph(graphml(tmp_path / "g.graphml", keys, NODES + edge)), [("n0", "n1", 5.0)]
+        )
+
+    @pytest.mark.parametrize(
+        ("labels", "used"),
+        [
+            (("0.5", "1.5", "2.5"), False),
+            (("-1", "0", "1"), False),
+            (("1", "1.0", "2"), False),
+            (("a", "nan", "b"), False),
+            (("4", "5.0", "6"), True),
+            (("0.5", "b", "c"), True),
+        ],
+    )
+    def test_labels_that_cannot_be_ids_stay_attributes(self, tmp_path, labels, used):
+        nodes = "".join(
+            f'<node id="n{k}"><data key="node_label">{label}</data></node>'
+            for k, label in enumerate(labels)
+        )
+        edges = '<edge source="n0" target="n1"/><edge source="n1" target="n2"/>'
+        path = graphml(tmp_path / "g.graphml", key("label", "node"), nodes + edges)
+        read = read_graph(path)
+        expected = tuple(label.removesuffix(".0") for label in labels)
+        assert read.labels == (expected if used else ("n0", "n1", "n2"))
 
     def test_defaults_of_nodes(self, tmp_path):
         keys = key("a", "node", default=2) + key("Start", "node", default="0.25")

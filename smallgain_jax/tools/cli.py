@@ -25,11 +25,12 @@ import tyro
 from smallgain_jax._checks import check_fraction, check_positive
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
+from smallgain_jax.search.stopping import RelaxStatus
 from smallgain_jax.tools import demo, plots, report, telemetry, validation
 from smallgain_jax.tools.io import GraphFile, read_columns, read_graph, write_state
 from smallgain_jax.tools.live import LoggingSink, Sink, WarningSink, open_sink, relax_in_chunks
 from smallgain_jax.tools.sweep import Sweep, run_sweep
-from smallgain_jax.tools.tables import FileFormatError, suffix_of
+from smallgain_jax.tools.tables import FileFormatError, refuse_folder, suffix_of
 from smallgain_jax.tools.validation import Plan, run_plan
 from smallgain_jax.transform import auto_cap, gradnorm, small_gain
 
@@ -85,7 +86,7 @@ class Relax(Settings, frozen=True, kw_only=True):
     A missing value (blank, NaN, NA, null) means the default.
 
     Writes state.csv, telemetry.csv, summary.json and summary.txt, all of them or none. The exit
-    code is 1 where the energy at the end is higher than at the start.
+    code is 1 where the energy at the end is higher than at the start, or not finite.
 
     Attributes:
       file: the graph.
@@ -171,9 +172,9 @@ class Plot(msgspec.Struct, frozen=True, kw_only=True):
     """Draw a run's energy, and how much of the stability limit each node uses; write PNG files.
 
     Attributes:
-      source: telemetry of `smallgain relax` (.csv, .parquet, .npz), from which every figure is
-        drawn that its columns allow; or the TOML file of a plan, of which small_gain relaxes one
-        suite for all figures.
+      source: telemetry of `smallgain relax` (.csv, .parquet, .npz, .jsonl, a folder of Parquet
+        parts), from which every figure is drawn that its columns allow; or the TOML file of a plan,
+        of which small_gain relaxes one suite for all figures.
       out: folder to write to.
       suite: name of the plan's suite; its first when not given.
       steps: updates, for a plan.
@@ -216,8 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
       argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-      The exit code: 0; 1 where a relaxation ended higher than it began; 2 after a message on
-      standard error that says what was wrong; 130 when interrupted.
+      The exit code: 0; 1 where a relaxation ended higher than it began or is not finite; 2 after a
+      message on standard error that says what was wrong; 130 when interrupted.
 
     >>> main(["relax", "missing.csv"])
     2
@@ -447,6 +448,7 @@ def _anatomy_of(command: Plot) -> dict[str, Any]:
 
 def _run_relax(command: Relax) -> int:
     _check(command)
+    refuse_folder(command.file)
     out = command.out or command.file.with_name(f"{_stem(command.file)}-relaxed")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out = {out} is a file, expected a folder")
@@ -469,7 +471,17 @@ def _run_relax(command: Relax) -> int:
     print(f"\nwritten to {out}/: {', '.join(sorted(path.name for path in _outputs(out)))}")
     for note in outcome.facts["notes"]:
         print(f"smallgain: note: {note}", file=sys.stderr)
-    return int(not outcome.facts["final_energy"] <= outcome.facts["start_energy"])
+    return int(_rose(outcome.facts) or _overflowed(outcome.facts))
+
+
+def _rose(facts: dict[str, Any]) -> bool:
+    start = facts["start_energy"]
+    return math.isfinite(start) and not facts["final_energy"] <= start
+
+
+def _overflowed(facts: dict[str, Any]) -> bool:
+    told = (facts["start_energy"], facts["final_energy"], facts["optimality"])
+    return facts["status"] == _NOT_FINITE or not all(map(math.isfinite, told))
 
 
 def _refuse_to_overwrite(command: Relax, out: Path) -> None:
@@ -492,6 +504,9 @@ def _check(command: Relax) -> None:
         raise ValueError(f"tol = {command.tol} must be at least 0")
     if not command.lower <= command.upper:
         raise ValueError(f"lower = {command.lower} must not exceed upper = {command.upper}")
+    for name, end in (("lower", math.inf), ("upper", -math.inf)):
+        if getattr(command, name) == end:
+            raise ValueError(f"{name} = {end} leaves no number between the bounds")
     if command.momentum is not None:
         check_fraction("momentum", command.momentum)
         if command.momentum == 1:
@@ -516,6 +531,9 @@ def _check_files(command: Relax) -> None:
         for name in ("source", "target"):
             if getattr(command, name) is not None:
                 raise ValueError(f"{name}: a {suffix} file has no such column")
+
+
+_NOT_FINITE = RelaxStatus.NOT_FINITE.name.lower()
 
 
 class _Outcome(NamedTuple):
@@ -585,6 +603,7 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
         "final_energy": float(result.energy[-1]),
         "steps": int(result.info.steps),
         "converged": bool(result.info.converged),
+        "status": RelaxStatus(int(result.info.status)).name.lower(),
         "optimality": float(result.info.optimality),
         "curvature_bound": _bound(graph, result.x),
         "backtracks": None,
@@ -643,7 +662,9 @@ def _surprises(
             else _already_there(command)
         )
         notes.append(f"nothing to do, no update was made: {why}")
-    if not facts["final_energy"] <= facts["start_energy"]:
+    if _overflowed(facts) and not _rose(facts):
+        notes.append(_overflow(facts))
+    elif _rose(facts):
         rise = f"from {facts['start_energy']:.6g} to {facts['final_energy']:.6g}"
         advice = ""
         if facts["learning_rate"] is not None:
@@ -651,6 +672,16 @@ def _surprises(
             advice = f"; a learning rate of at most {1 / bound:.3g} would descend" if bound else ""
         notes.append(f"the energy rose {rise}{advice}")
     return notes
+
+
+def _overflow(facts: dict[str, Any]) -> str:
+    """What to do about an energy or a gradient that is beyond the precision."""
+    wider = "; without --no-x64 there is more room" if facts["precision"] == "float32" else ""
+    return (
+        f"the energy or its gradient is not finite in {facts['precision']}, and x is no minimum: "
+        "divide all weights, a and b by one number, which moves no minimum, or choose nearer "
+        f"bounds, start and targets{wider}"
+    )
 
 
 def _already_there(command: Relax) -> str:

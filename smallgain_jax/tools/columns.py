@@ -13,7 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax.graphs.build import LOWEST, known_parameters, to_default_dtype
-from smallgain_jax.tools.tables import Cells, FileFormatError, Sheet, shown_separator, suffix_of
+from smallgain_jax.tools.tables import (
+    NO_NUMBER,
+    NOT_ZERO,
+    Cells,
+    FileFormatError,
+    Sheet,
+    shown_separator,
+    suffix_of,
+)
 
 LANDAU = ("a", "b", "target")
 LOWEST_CELL = {**LOWEST, "b": 0.0}
@@ -41,7 +49,13 @@ _OTHER_NAMES = {
     "node": ("node_id", "nodeid", "id", "name", "label", "vertex"),
 }
 _MISSING = frozenset(("", "na", "n/a", "#n/a", "nan", "-nan", "null", "none"))
-_WHOLE = re.compile(r"(0|-?[1-9]\d*)(\.0*)?")
+_NUMBER = re.compile(rf"(?!{NO_NUMBER})-?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+"""An id that is a number: neither 007 nor 1e5."""
+_WHOLE = re.compile(r"(-?\d+)(\.0*)?")
+_SUSPECT = re.compile(r"\n([-.0-9]|[-#nN][^\n]{0,3}(\n|\Z))")
+"""Where ids one a line may hold a number, or the spelling of a missing value."""
+_NOT_ZERO = re.compile(NOT_ZERO)
+_SMALLEST = np.nextafter(0.0, 1.0)
 _SHOWN = 5
 
 
@@ -109,7 +123,7 @@ def edge_meaning(sheet: Sheet, named: Mapping[str, str | None]) -> Meaning:
         header = roles[: len(sheet.cells)]
         sheet = sheet._replace(header=header)
         note = f"{sheet.path.name} has no header: its columns are read as {', '.join(header)}"
-        sheet = sheet._replace(notes=(*sheet.notes, note, *_counts(sheet)))
+        sheet = sheet._replace(notes=(*sheet.notes, note, *_first_line(sheet)))
     return _meaning(sheet, roles, ("source", "target"), named)
 
 
@@ -132,15 +146,27 @@ def _edges_first(sheet: Sheet, roles: Sequence[str]) -> Sheet:
     )
 
 
-def _counts(sheet: Sheet) -> list[str]:
-    """A note where the first row may tell the numbers of nodes and edges, as some files do."""
-    if len(sheet.cells) != 2 or str(sheet.cells[1][0]) != str(sheet.num_rows - 1):
+def _first_line(sheet: Sheet) -> list[str]:
+    """A note where the first row may be none: counts of nodes and edges, or numbers of columns."""
+    if sheet.num_rows < 2:
         return []
-    nodes, edges = (cells[0] for cells in sheet.cells)
-    return [
-        f"its first line, {nodes} {edges}, is read as an edge: remove it if it says that there are "
-        f"{nodes} nodes and {edges} edges"
+    first = [
+        f"{cells[0]:g}" if isinstance(cells[0], float) else str(cells[0]) for cells in sheet.cells
     ]
+    meant = ""
+    if len(first) == 2 and first[1] == str(sheet.num_rows - 1):
+        meant = f"it says that there are {first[0]} nodes and {first[1]} edges"
+    elif first == [str(c) for c in range(len(first))] and not _again(sheet):
+        meant = "it numbers the columns, as pandas does where they have no names"
+    line = (", " if sheet.separator == "," else " ").join(first)
+    return [f"its first line, {line}, is read as an edge: remove it if {meant}"] if meant else []
+
+
+def _again(sheet: Sheet) -> bool:
+    """Whether the first id of a table without weights, 0, occurs in another row."""
+    ends = [cells[1:] for cells in sheet.cells]
+    found = [bool(np.any(e == 0)) if isinstance(e, np.ndarray) else "0" in e for e in ends]
+    return len(found) == 2 and any(found)
 
 
 def may_mean(name: str, named: Mapping[str, str | None]) -> bool:
@@ -171,7 +197,7 @@ def _meaning(
     rest = [c for c in range(len(sheet.header)) if c not in found.values()]
     _refuse_misspelled(sheet, rest, [role for role in roles if role not in found])
     if not sheet.num_rows:
-        raise FileFormatError(sheet.path, None, None, "the file is empty: it holds no rows")
+        raise FileFormatError(sheet.path, None, None, sheet.empty)
     columns = {role: Column(sheet, sheet.header[c], sheet.cells[c]) for role, c in found.items()}
     notes = [
         note if sheet.path.name in note else f"{sheet.path.name}, {note}" for note in sheet.notes
@@ -229,6 +255,9 @@ def _fail_missing(sheet: Sheet, names: Sequence[str]) -> NoReturn:
     name, *others = names
     there = ", ".join(repr(h) for h in sheet.header) or "none"
     how = f", separated by {shown_separator(sheet.separator)}" if sheet.separator else ""
+    if how and len(sheet.header) == 1 and " " in sheet.header[0]:
+        # nothing parts this line, and a list of neighbours has lines of all lengths
+        how = " alone, as white space parts cells only where all lines have as many"
     roles = ("source", "target", "node")
     flags = " and ".join(f"--{role}" for role in names)
     flag = f"; name the column that it is with {flags}" if name in roles else ""
@@ -272,11 +301,14 @@ def _ignored(sheet: Sheet, rest: Sequence[int], unweighted: bool) -> list[str]:
     ]
     parts = [f"column{'s' * (len(named) > 1)} {listed(named)}"] if named else []
     parts += [f"column {' and '.join(bare)}, which has no name"] if bare else []
+    parts += [listed(sheet.left_out)] if sheet.left_out else []
     if not parts:
         return []
     note = f"{sheet.path.name}: ignored {' and '.join(parts)}"
     if unweighted and named:
         note += "; every weight is 1 (if one of them is the weight, say so with --weight)"
+    elif unweighted and sheet.left_out:
+        note += "; every weight is 1 (a weight is an array of one number an edge)"
     return [note]
 
 
@@ -315,6 +347,9 @@ def numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
             if isinstance(cell, str) and "_" in cell:
                 # Python reads 1_000, which no file means
                 column.fail(k, f"{cell!r} is not a number")
+            if values[k] == 0 and isinstance(cell, str) and _NOT_ZERO.match(cell):
+                # 1e-400 is too small, and not 0
+                values[k] = np.copysign(_SMALLEST, values[k])
         except FileFormatError:
             raise
         except (ValueError, TypeError, OverflowError):
@@ -325,7 +360,7 @@ def numbers(column: Column) -> tuple[np.ndarray, np.ndarray]:
 def _spelled(column: Column, row: int, comma: bool) -> float:
     cell = column.cells[row]
     if isinstance(cell, str):
-        if cell.casefold() in _MISSING:
+        if is_missing(cell):
             return float("nan")
         if comma and re.fullmatch(r"[-+]?\d*,\d+([eE][-+]?\d+)?", cell):
             # where a semicolon parts the cells a comma is decimal; elsewhere 1,234 may be either
@@ -351,52 +386,125 @@ Names = np.ndarray | list[str]
 """Node ids: int64 where all of them are whole numbers, else text."""
 
 
-def node_names(column: Column) -> Names:
-    """Node ids of a column; 2.0 is 2, while 007 is a name.
+def node_names(columns: Sequence[Column], notes: list[str]) -> list[Names]:
+    """Node ids of columns that name the same nodes: all of them int64, or all of them text.
+
+    Each id is spelled in one way, whatever stands beside it: 2.0 and 2.000e+00 are 2, while 007 and
+    1e5 are names. Text that spells a missing value is a name among names, with a note, and no id
+    among numbers.
 
     Raises:
       FileFormatError: a missing cell, a fraction, or a cell that is neither a number nor text.
     """
-    cells = column.cells
-    if isinstance(cells, np.ndarray):
-        if cells.dtype.kind == "i":
-            return cells
-        for k in np.flatnonzero(~(np.isfinite(cells) & (cells == np.round(cells))))[:1]:
-            problem = "is neither an integer nor text: it cannot name a node"
-            empty = np.isnan(cells[k])
-            column.fail(int(k), _EMPTY if empty else f"{column.shown(int(k))} {problem}")
-        if not cells.size or np.abs(cells).max() < 2**53:
-            return cells.astype(np.int64)
-        return [f"{cell:.0f}" for cell in cells]
-    for k, cell in enumerate(cells if set(map(type, cells)) != {str} else ()):
-        if cell is None:
-            column.fail(k, _EMPTY)
-        if isinstance(cell, bool) or not isinstance(cell, str | int | float):
-            column.fail(k, f"{cell!r} is neither an integer nor text: it cannot name a node")
-    names = list(map(str, cells))
-    whole = _whole(names)
-    if whole is None and all(map(_is_fraction, names)):
-        k = next(k for k, name in enumerate(names) if not _WHOLE.fullmatch(name))
-        column.fail(k, f"{names[k]} is neither an integer nor text: it cannot name a node")
-    return names if whole is None else whole
+    own = [_own_ids(column) for column in columns]
+    for k, ids in enumerate(own):
+        if not ids.words:
+            continue
+        row = next(row for row, name in enumerate(ids.names) if name in ids.words)
+        word = columns[k].shown(row)
+        if all(other.numbers for other in own):
+            columns[k].fail(row, f"{word!r} stands for no value: the cell must name a node")
+        notes.append(
+            f"{columns[k].sheet.path.name}: {word!r} in column {columns[k].name!r} is the name of "
+            "a node, as other ids are text: no end of an edge may be missing"
+        )
+    for column, ids in zip(columns, own, strict=True):
+        # beside a word that is a name, a fraction is one too
+        if ids.numbers and not ids.whole and not ids.words and isinstance(ids.names, list):
+            _refuse_fraction(column, ids.names)
+    if all(ids.whole for ids in own):
+        return [np.asarray(ids.names, np.int64) for ids in own]
+    return [as_text(ids.names) for ids in own]
+
+
+def is_missing(cell: str) -> bool:
+    """Whether text spells a missing value.
+
+    >>> is_missing("NaN"), is_missing("0")
+    (True, False)
+    """
+    # most ids are longer than all of these
+    return len(cell) <= _LONGEST and cell.casefold() in _MISSING
 
 
 _EMPTY = "the cell is empty: it must name a node"
+_NO_ID = "is neither an integer nor text: it cannot name a node"
+_LONGEST = max(map(len, _MISSING))
 
 
-def _whole(names: Sequence[str]) -> np.ndarray | None:
-    values = np.empty(len(names), np.int64)
+def could_name(ids: Sequence[str]) -> bool:
+    """Whether these ids tell as many nodes apart: none is a fraction, negative or missing.
+
+    >>> could_name(["1", "2"]), could_name(["0.5", "1.5"]), could_name(["a", "0.5"])
+    (True, False, True)
+    """
+    numbers = [name for name in map(_id, ids) if _NUMBER.fullmatch(name)]
+    whole = [name for name in numbers if _WHOLE.fullmatch(name) and name[0] != "-"]
+    fits = len(numbers) < len(ids) or len(whole) == len(ids)
+    return fits and len(set(map(_id, ids))) == len(ids) and not any(map(is_missing, ids))
+
+
+class _Ids(NamedTuple):
+    """The ids of one column, each as `_id` spells it."""
+
+    names: Names
+    words: frozenset[str] = frozenset()  # those that spell a missing value
+    numbers: bool = False  # whether all others are numbers
+    whole: bool = False  # whether all are whole numbers that int64 holds
+
+
+def _own_ids(column: Column) -> _Ids:
+    cells = column.cells
+    if isinstance(cells, np.ndarray):
+        if cells.dtype.kind == "i":
+            return _Ids(cells, numbers=True, whole=True)
+        for k in np.flatnonzero(~(np.isfinite(cells) & (cells == np.round(cells))))[:1]:
+            empty = np.isnan(cells[k])
+            column.fail(int(k), _EMPTY if empty else f"{column.shown(int(k))} {_NO_ID}")
+        if not cells.size or np.abs(cells).max() < 2**53:
+            return _Ids(cells.astype(np.int64), numbers=True, whole=True)
+        return _Ids([f"{cell:.0f}" for cell in cells], numbers=True)
+    if set(map(type, cells)) == {str}:
+        return _text_ids(cells)
+    for k, cell in enumerate(cells):
+        if cell is None:
+            column.fail(k, _EMPTY)
+        if isinstance(cell, bool) or not isinstance(cell, str | int | float):
+            column.fail(k, f"{cell!r} {_NO_ID}")
+    return _text_ids(list(map(str, cells)))
+
+
+def _text_ids(names: list[str]) -> _Ids:
+    # most text has neither numbers nor such words, which one search tells
+    if not _SUSPECT.search("\n" + "\n".join(names)):
+        return _Ids(names)
+    # each id once: there are fewer of them than cells
+    distinct = set(names)
+    other = {name: spelled for name in distinct if (spelled := _id(name)) != name}
+    if other:
+        names = [other.get(name, name) for name in names]
+        distinct = {other.get(name, name) for name in distinct}
+    words = frozenset(filter(is_missing, distinct))
+    numbers = all(name in words or _NUMBER.fullmatch(name) for name in distinct)
+    # text may spell a number of any size
+    whole = numbers and all(len(name) < 19 and _WHOLE.fullmatch(name) for name in distinct)
+    return _Ids(names, words, numbers, whole)
+
+
+def _id(name: str) -> str:
+    """A whole number without point, exponent or sign of zero; all else as it is."""
+    if name[:1] not in "-.0123456789" or not _NUMBER.fullmatch(name):
+        return name
+    if plain := _WHOLE.fullmatch(name):
+        return "0" if plain[1] == "-0" else plain[1]
+    value = float(name)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < 2**53 else name
+
+
+def _refuse_fraction(column: Column, names: list[str]) -> None:
     for k, name in enumerate(names):
-        match = _WHOLE.fullmatch(name)
-        # text may spell a number of any size
-        if match is None or len(match[1]) > 18:
-            return None
-        values[k] = int(match[1])
-    return values
-
-
-def _is_fraction(name: str) -> bool:
-    return re.fullmatch(r"-?(0|[1-9]\d*)\.\d+|0|-?[1-9]\d{0,17}", name) is not None
+        if not _WHOLE.fullmatch(name):
+            column.fail(k, f"{name} {_NO_ID}")
 
 
 def as_text(names: Names) -> list[str]:

@@ -1,17 +1,16 @@
 """Edge lists of NetworkX: two ends and a dictionary of Python on every line."""
 
 import ast
-import gzip
-import lzma
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 from smallgain_jax.tools.tables import (
+    COMMENTS,
     DELIMITED,
     FileFormatError,
     Sheet,
-    as_format_error,
     opened,
     read_lines,
     stripped,
@@ -19,8 +18,8 @@ from smallgain_jax.tools.tables import (
 )
 
 _LINE = re.compile(r"([^{]*[^\s,;|{])[\s,;|]+(\{.*\})\s*")
-_NUMPY_SCALAR = re.compile(r"\bnp\.\w+\(([^()]*)\)")
-"""How NumPy 2 shows its numbers inside a dictionary: np.float64(0.5)."""
+_WORDS = {"nan": math.nan, "inf": math.inf, "True_": True, "False_": False}
+"""What Python and NumPy print for a number that is no literal."""
 _SEPARATOR = re.compile(r"\s*[,;|\t]\s*|\s+")
 
 
@@ -37,7 +36,7 @@ def read_edgelist(path: Path) -> Sheet | None:
     content = [
         (k, line)
         for k, line in enumerate(read_lines(path), 1)
-        if line.strip() and not line.startswith("#")
+        if line.strip() and not line.lstrip().startswith(COMMENTS)
     ]
     ends: dict[str, list[Any]] = {"source": [], "target": []}
     data = []
@@ -57,10 +56,10 @@ def read_edgelist(path: Path) -> Sheet | None:
 
 def _begins_like_one(path: Path) -> bool:
     """By the first line that says something: other files, however long, are not read here."""
-    with as_format_error(path, EOFError, gzip.BadGzipFile, lzma.LZMAError), opened(path) as file:
+    with opened(path) as file:
         for raw in file:
             line = raw.decode("utf-8-sig", errors="replace")
-            if line.strip() and not line.startswith("#"):
+            if line.strip() and not line.lstrip().startswith(COMMENTS):
                 return _LINE.fullmatch(line) is not None
     return False
 
@@ -72,8 +71,48 @@ def _edge(path: Path, k: int, line: str) -> tuple[list[str], dict[str, Any]]:
         problem = "expected two ends and a dictionary, as in a b {'weight': 0.5}"
         raise FileFormatError(path, k, None, problem)
     try:
-        attributes = ast.literal_eval(_NUMPY_SCALAR.sub(r"\1", match[2]))
-    except (ValueError, SyntaxError) as error:
+        attributes = _literal(match[2])
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
         problem = f"{match[2]} is not a dictionary of numbers and text"
         raise FileFormatError(path, k, None, problem) from error
     return pair, {str(key): value for key, value in attributes.items()}
+
+
+def _literal(text: str) -> dict[Any, Any]:
+    """A dictionary as Python prints it, with numbers of NumPy, NaN and infinity.
+
+    >>> _literal("{'weight': nan, 'w': -np.inf, 'c': np.float64(0.5), 'b': np.True_}")
+    {'weight': nan, 'w': -inf, 'c': 0.5, 'b': True}
+    """
+    try:
+        value = ast.literal_eval(text)
+    except ValueError:
+        # names and calls, of which only a few mean a number: nothing is run
+        value = ast.literal_eval(_Printed().visit(ast.parse(text, mode="eval")))
+    if not isinstance(value, dict):
+        raise ValueError("no dictionary")
+    return value
+
+
+class _Printed(ast.NodeTransformer):
+    """Literals in place of `nan`, `np.inf`, `np.True_` and `np.float64(0.5)`."""
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(_WORDS[node.id]) if node.id in _WORDS else node
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        known = _of_numpy(node) and node.attr in _WORDS
+        return ast.Constant(_WORDS[node.attr]) if known else node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if _of_numpy(node.func) and len(node.args) == 1 and not node.keywords:
+            return self.visit(node.args[0])
+        return node
+
+
+def _of_numpy(node: ast.AST) -> bool:
+    return (
+        isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("np", "numpy")
+    )

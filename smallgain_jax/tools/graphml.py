@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from smallgain_jax.tools.columns import could_name, is_missing
 from smallgain_jax.tools.tables import FileFormatError, Sheet, opened, stripped
 
 _LABELS = ("name", "label")
@@ -22,9 +23,10 @@ Attributes = dict[str, Any]
 def read_graphml(path: Path) -> tuple[Sheet, Sheet]:
     """The edge table and the node table of a GraphML file.
 
-    An attribute is a column of its name, with its declared default where an element has none;
-    nested graphs are read as part of the whole. Nodes are called by their attribute `name` or
-    `label` where every node has one of its own (igraph keeps names there), else by their id.
+    An attribute is a column of its name, with its declared default where an element has none or no
+    value; nested graphs are read as part of the whole. Nodes are called by their attribute `name`
+    or `label` where every node has one of its own (igraph keeps names there) and these can be ids,
+    as fractions cannot; else by their id.
 
     Raises:
       FileFormatError: broken XML, several graphs, hyperedges, an undeclared key or node.
@@ -35,6 +37,9 @@ def read_graphml(path: Path) -> tuple[Sheet, Sheet]:
             root = ElementTree.parse(file).getroot()
         except ElementTree.ParseError as error:
             raise FileFormatError(path, error.position[0], None, str(error)) from error
+        except (LookupError, ValueError) as error:
+            problem = f"the file cannot be read: {error}"
+            raise FileFormatError(path, None, None, problem) from error
     graphs = [element for element in root if _tag(element) == "graph"]
     if _tag(root) != "graphml" or len(graphs) != 1:
         problem = f"the file holds {len(graphs)} graphs, expected one inside <graphml>"
@@ -66,7 +71,7 @@ def read_graphml(path: Path) -> tuple[Sheet, Sheet]:
             edge_data,
             [f"edge {source!r} - {target!r}" for source, target in between],
             notes,
-        ),
+        )._replace(empty="the graph is empty: it has no edge"),
         _sheet(path, {"node": names}, node_data, [f"node {name!r}" for name in names], []),
     )
 
@@ -92,8 +97,15 @@ def _attributes(path: Path, keys: dict[str, Element], of: str, element: Element)
             if declared is None:
                 problem = f"<data key={child.get('key')!r}> has no <key> that declares it"
                 raise FileFormatError(path, None, None, problem)
-            found[_name(declared)] = "".join(child.itertext())
+            text = "".join(child.itertext())
+            if not (_name(declared) in found and _no_value(declared, text.strip())):
+                found[_name(declared)] = text
     return found
+
+
+def _no_value(key: Element, text: str) -> bool:
+    """Whether an element leaves an attribute to its default: text may well be called NA."""
+    return not text or (key.get("attr.type", "string") != "string" and is_missing(text))
 
 
 def _names(path: Path, ids: list[str], data: Sequence[Attributes], notes: list[str]) -> list[str]:
@@ -102,7 +114,7 @@ def _names(path: Path, ids: list[str], data: Sequence[Attributes], notes: list[s
         raise FileFormatError(path, None, None, f"node {ids[twice]!r} is declared twice")
     for attribute in _LABELS:
         names = stripped([own.get(attribute) for own in data])
-        if ids and names != ids and None not in names and len(set(names)) == len(names):
+        if ids and names != ids and None not in names and could_name(names):
             notes.append(f"{path.name}: nodes are called by their attribute {attribute!r}")
             for own in data:
                 del own[attribute]

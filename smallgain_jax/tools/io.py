@@ -9,9 +9,11 @@ or None in a delimited file or in GraphML, null or NaN in Parquet, NaN in NPZ. A
 of an edge must not be missing. Matrices have no missing entries: NaN there is refused.
 """
 
+import codecs
 import csv
 import functools
 import gc
+import json
 import os
 import re
 import uuid
@@ -54,19 +56,27 @@ from smallgain_jax.tools.columns import (
 )
 from smallgain_jax.tools.edgelist import read_edgelist
 from smallgain_jax.tools.graphml import read_graphml
-from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 from smallgain_jax.tools.tables import (
+    ARCHIVE_ERRORS,
+    NOT_ZERO,
+    PARTS,
     PathLike,
     Sheet,
+    as_format_error,
+    decoded,
     opened,
     optional_module,
     read_arrays,
+    read_lines,
     read_sheet,
     suffix_of,
 )
+from smallgain_jax.tools.tables import FileFormatError as FileFormatError
 
 _SPARSE = {"format", "shape", "data"}
 """Arrays that `scipy.sparse.save_npz` writes."""
+_ENDS = ("source", "target")
+Columns = dict[str, np.ndarray]
 
 
 class GraphFile(NamedTuple):
@@ -244,16 +254,17 @@ def write_table(
 
 
 def read_columns(path: PathLike) -> dict[str, np.ndarray]:
-    """Read a table of numbers, as `write_table` and `Table.write` leave it.
+    """Read a table of numbers, as `write_table`, `Table.write` and the live sinks leave it.
 
     Args:
-      path: `.csv` (and its kin, as for `read_graph`), `.parquet` or `.npz`.
+      path: `.csv` (and its kin, as for `read_graph`), `.parquet`, `.npz` or `.jsonl` (an object a
+        row); or a folder of the parts of a Parquet table.
 
     Returns:
       Columns by name; a missing cell is NaN.
 
     Raises:
-      FileFormatError: a malformed file or a cell that is not a number.
+      FileFormatError: a malformed file, a cell that is not a number, or no rows.
       OSError: a file that cannot be opened.
       ImportError: Parquet without polars.
 
@@ -263,9 +274,42 @@ def read_columns(path: PathLike) -> dict[str, np.ndarray]:
     ...     read_columns(f"{folder}/t.csv")["step"].tolist()
     [0.0, 1.0]
     """
-    sheet = read_sheet(Path(path))
+    path = Path(path)
+    parts = [_columns_of(part) for part in _parts(path)]
+    if any(part.keys() != parts[0].keys() for part in parts):
+        raise FileFormatError(path, None, None, "the parts have different columns")
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    if not any(map(len, columns.values())):
+        raise FileFormatError(path, None, None, "the file is empty: it holds no rows")
+    return columns
+
+
+def _parts(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    if not (parts := sorted(path.glob(PARTS))):
+        raise FileFormatError(path, None, None, f"the folder holds no {PARTS}")
+    return parts
+
+
+def _columns_of(path: Path) -> Columns:
+    sheet = _read_json_lines(path) if suffix_of(path) == ".jsonl" else read_sheet(path)
     found = zip(sheet.header, sheet.cells, strict=True)
     return {name: numbers(Column(sheet, name, cells))[0] for name, cells in found}
+
+
+def _read_json_lines(path: Path) -> Sheet:
+    rows = []
+    for k, line in enumerate(read_lines(path), 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise FileFormatError(path, k, None, f"the line cannot be read: {error}") from error
+        if not isinstance(rows[-1], dict):
+            raise FileFormatError(path, k, None, "the line is no JSON object")
+    names = tuple(dict.fromkeys(name for row in rows for name in row))
+    cells = tuple([row.get(name) for row in rows] for name in names)
+    return Sheet(path, names, cells, lambda row: (row + 1, f"line {row + 1}"))
 
 
 def _check_suffix(path: Path) -> None:
@@ -280,9 +324,6 @@ def _node_column(labels: Sequence[str]) -> np.ndarray:
         if np.array_equal(numbers.astype(np.str_), names):
             return numbers
     return names
-
-
-Columns = dict[str, np.ndarray]
 
 
 def _write_csv(path: Path, columns: Columns, text: Callable[[Any], str]) -> None:
@@ -310,18 +351,25 @@ _WRITERS: dict[str, Callable[[Path, Columns, Callable[[Any], str]], None]] = {
 
 
 def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[MatrixEdges, list[str]]:
+    with opened(path) as file:
+        data = file.read()
+    if data.startswith((codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        # an editor's mark, which SciPy does not know
+        data = decoded(path, data).encode()
+    # SciPy 1.17 crashes at a NUL byte, and at what a last line without an end has left over
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise FileFormatError(path, line, None, "the line holds a NUL byte: this is no text")
+    if not data.endswith(b"\n"):
+        data += b"\n"
+    # SciPy would read 0,5 as 0
+    if comma := re.search(rb"^[^%\n][^\n]*,", data, re.MULTILINE):
+        line = data.count(b"\n", 0, comma.start()) + 1
+        raise FileFormatError(path, line, None, "there is a comma: write a decimal point")
     try:
-        with opened(path) as file:
-            data = file.read()
-        # SciPy would read 0,5 as 0
-        if comma := re.search(rb"^[^%\n][^\n]*,", data, re.MULTILINE):
-            line = data.count(b"\n", 0, comma.start()) + 1
-            raise FileFormatError(path, line, None, "there is a comma: write a decimal point")
         matrix = scipy.sparse.coo_array(scipy.io.mmread(BytesIO(data)))
-        return _matrix(path, matrix, symmetrize, 1)
-    except FileFormatError:
-        raise
-    except (ValueError, TypeError, OverflowError) as error:
+        edges, notes = _matrix(path, matrix, symmetrize, 1)
+    except (ValueError, TypeError, OverflowError, MemoryError) as error:
         # SciPy's own messages start so
         at = re.match(r"Line (\d+): ", str(error))
         raise FileFormatError(
@@ -330,17 +378,26 @@ def _read_matrix_market(path: Path, symmetrize: str | bool | None) -> tuple[Matr
             None,
             f"the file cannot be read: {str(error).removeprefix(at[0] if at else '')}",
         ) from error
+    if count := _vanished(data):
+        entries = "1 entry is" if count == 1 else f"{count} entries are"
+        notes.append(f"{path.name}: {entries} too small for float64 and count as 0")
+    return edges, notes
+
+
+def _vanished(data: bytes) -> int:
+    """How many numbers of a matrix are 0 only because they are too small, as 1e-400 is."""
+    if not re.search(rb"[eE]-\d{3}|\.0{300}", data):
+        return 0
+    written = re.findall(rb"(?:\d+\.?\d*|\.\d+)(?:[eE]-\d+)?(?=\s)", data)
+    return sum(float(n) == 0 and re.match(NOT_ZERO, n.decode()) is not None for n in written)
 
 
 def _read_sparse(
     path: Path, arrays: Mapping[str, np.ndarray], symmetrize: str | bool | None
 ) -> tuple[MatrixEdges, list[str]]:
-    try:
-        with opened(path) as file:
-            matrix = scipy.sparse.coo_array(scipy.sparse.load_npz(file))
+    with opened(path) as file, as_format_error(path, *ARCHIVE_ERRORS):
+        matrix = scipy.sparse.coo_array(scipy.sparse.load_npz(file))
         return _matrix(path, matrix, symmetrize, 0)
-    except (ValueError, TypeError, KeyError) as error:
-        raise FileFormatError(path, None, None, f"the file cannot be read: {error}") from error
 
 
 def _matrix(
@@ -373,6 +430,7 @@ def _matrix_sheets(
         (i, j, matrix.value),
         lambda k: (None, f"entry [{i[k]}, {j[k]}]"),
         notes=tuple(notes),
+        empty="the matrix is empty: it has no entry off the diagonal, and so no edge",
     )
     ids = np.arange(first, first + matrix.num_nodes)
     return edges, Sheet(path, ("node",), (ids,), lambda k: (None, f"row {ids[k]}"))
@@ -412,9 +470,8 @@ def _isolated(nodes: _Nodes) -> list[str]:
 
 
 def _number_ends(edges: Meaning) -> _Nodes:
-    source, target = (node_names(edges.columns[end]) for end in ("source", "target"))
-    if isinstance(source, list) or isinstance(target, list):
-        source, target = as_text(source), as_text(target)
+    source, target = node_names([edges.columns[end] for end in _ENDS], edges.notes)
+    if isinstance(source, list) and isinstance(target, list):
         both = [name for pair in zip(source, target, strict=True) for name in pair]
         labels = tuple(dict.fromkeys(both))
         return _number_by_name(edges, None, source, target, labels)
@@ -451,13 +508,12 @@ def _about_ids(path: Path, ids: np.ndarray) -> str:
 
 
 def _number_by_table(edges: Meaning, nodes: Meaning, from_one: bool) -> _Nodes:
-    ends = [node_names(edges.columns[end]) for end in ("source", "target")]
-    names = node_names(nodes.columns["node"])
-    if isinstance(names, list) or any(isinstance(end, list) for end in ends):
-        texts = as_text(names)
-        _refuse_twice(nodes, texts)
-        source, target = (as_text(end) for end in ends)
-        return _number_by_name(edges, nodes, source, target, tuple(texts))
+    columns = [*(edges.columns[end] for end in _ENDS), nodes.columns["node"]]
+    *ends, names = node_names(columns, edges.notes)
+    if isinstance(names, list):
+        _refuse_twice(nodes, names)
+        source, target = map(as_text, ends)
+        return _number_by_name(edges, nodes, source, target, tuple(names))
     _refuse_negative(nodes.columns["node"], names)
     _refuse_twice(nodes, names.tolist())
     order = np.argsort(names, kind="stable")
@@ -468,7 +524,7 @@ def _number_by_table(edges: Meaning, nodes: Meaning, from_one: bool) -> _Nodes:
         # a table for a matrix may count from 0, as its readers do
         ends = [end - 1 for end in ends if not isinstance(end, list)]
     placed = []
-    for role, end in zip(("source", "target"), ends, strict=True):
+    for role, end in zip(_ENDS, ends, strict=True):
         where = np.searchsorted(ids, end).clip(0, size - 1)
         for k in np.flatnonzero(ids[where] != end)[:1]:
             column = edges.columns[role]
@@ -495,7 +551,7 @@ def _number_by_name(
 ) -> _Nodes:
     number = {name: k for k, name in enumerate(labels)}
     ends = []
-    for role, names in (("source", source), ("target", target)):
+    for role, names in zip(_ENDS, (source, target), strict=True):
         end = np.array([number.get(name, -1) for name in names], np.int64)
         for k in np.flatnonzero(end < 0)[:1]:
             edges.columns[role].fail(int(k), _not_in_table(nodes, names[k]))

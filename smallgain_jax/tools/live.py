@@ -26,7 +26,7 @@ from smallgain_jax.graphs.relaxation import RelaxResult, relax
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import RelaxStatus
 from smallgain_jax.tools.io import write_table
-from smallgain_jax.tools.tables import PathLike, optional_module
+from smallgain_jax.tools.tables import PARTS, PathLike, optional_module
 from smallgain_jax.tools.telemetry import CUMULATIVE, Table, table
 
 CHUNKS = 20
@@ -116,7 +116,7 @@ class ParquetSink:
         optional_module("polars", "parquet")
         self._folder = Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        for old in self._folder.glob("part-*.parquet"):
+        for old in self._folder.glob(PARTS):
             old.unlink()
         self._parts = 0
 

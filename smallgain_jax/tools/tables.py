@@ -7,15 +7,20 @@ blank in a delimited file, null in Parquet, NaN in an array.
 import bz2
 import codecs
 import csv
+import errno
+import functools
 import gzip
 import importlib
 import io
 import itertools
 import lzma
+import operator
 import os
 import re
+import string
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,12 +35,21 @@ Cells = np.ndarray | list[Any]
 
 DELIMITED = (".csv", ".tsv", ".tab", ".txt", ".dat", ".edges", ".edgelist")
 TABLES = (*DELIMITED, ".parquet", ".npz")
+PARTS = "part-*.parquet"
+"""Files of a table that was written in parts, in order, in a folder of their own."""
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 _SEPARATORS = (",", ";", "\t", "|")
-_COMMENTS = ("#", "%", "//")
-_NO_NUMBER = r"\+|-?0\d|\d+[eE]\d+"
+COMMENTS = ("#", "%", "//")
+_COMMENT = re.compile(r"\n\s*(#|%|//)")
+NO_NUMBER = r"\+|-?0\d|-?\d+[eE]\d+"
 """How a cell begins that may be a name, and that a number would not keep as it is: 007, 1e5."""
+NOT_ZERO = r"^[^eE]*[1-9]"
+"""How text begins that spells another number than 0, even one that underflows to it."""
+_TINY = re.compile(r"[eE]-\d{3}|\.0{300}")
+"""What the spelling of a number has that underflows."""
+ARCHIVE_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, zipfile.BadZipFile)
+"""What reading a damaged, an encrypted or an unknown kind of NPZ archive raises."""
 _EXACT = 2.0**53
 _EXCEL = re.compile(r"sep=(.|\\t)\s*", re.IGNORECASE)
 """The line before the header by which a spreadsheet tells what parts the cells."""
@@ -86,6 +100,8 @@ class Sheet(NamedTuple):
     separator: str | None = None  # of a delimited file
     notes: tuple[str, ...] = ()
     commented: bool = False  # whether the header is a comment, which may be none
+    left_out: tuple[str, ...] = ()  # what else the file holds, and is no column
+    empty: str = "the file is empty: it holds no rows"  # what to say where it has none
 
     @property
     def num_rows(self) -> int:
@@ -109,9 +125,31 @@ def suffix_of(path: Path) -> str:
 
 @contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file for reading bytes, decompressed if its last suffix says so."""
+    """A file for reading bytes, decompressed if its last suffix says so.
+
+    Raises:
+      FileFormatError: what is read inside is not compressed that way, or ends too early.
+      OSError: a file that cannot be opened.
+    """
     with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
-        yield file
+        try:
+            yield file
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            # what the system refuses has a number, what a decompressor does has none
+            if getattr(error, "errno", None) is not None:
+                raise
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: BaseException) -> FileFormatError:
+    said = str(error) or type(error).__name__
+    return FileFormatError(path, None, None, f"the file cannot be read: {said}")
+
+
+def refuse_folder(path: Path) -> None:
+    """Raise the error of opening a folder as a file, before its name is taken apart."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def read_sheet(
@@ -130,6 +168,7 @@ def read_sheet(
       OSError: a file that cannot be opened.
       ImportError: Parquet without polars.
     """
+    refuse_folder(path)
     suffix = suffix_of(path)
     if suffix in DELIMITED:
         return _read_delimited(path)
@@ -161,7 +200,7 @@ def as_format_error(path: Path, *errors: type[Exception]) -> Iterator[None]:
     except FileFormatError:
         raise
     except errors as error:
-        raise FileFormatError(path, None, None, f"the file cannot be read: {error}") from error
+        raise _unreadable(path, error) from error
 
 
 class _Head(NamedTuple):
@@ -200,11 +239,16 @@ def _read_delimited(path: Path) -> Sheet:
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a text file, their ends included, as they are."""
-    with as_format_error(path, EOFError, gzip.BadGzipFile, lzma.LZMAError), opened(path) as file:
-        return io.StringIO(_decoded(path, file.read()), newline="").readlines()
+    with opened(path) as file:
+        return io.StringIO(decoded(path, file.read()), newline="").readlines()
 
 
-def _decoded(path: Path, data: bytes) -> str:
+def decoded(path: Path, data: bytes) -> str:
+    """Text in UTF-8, or in UTF-16 with its mark.
+
+    Raises:
+      FileFormatError: bytes that are neither, by their line.
+    """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         encoding = "utf-16"
     else:
@@ -220,7 +264,9 @@ def _decoded(path: Path, data: bytes) -> str:
 
 
 def _head(path: Path, lines: list[str]) -> _Head | None:
-    content = ((k, line) for k, line in enumerate(lines, 1) if line.strip())
+    # a spreadsheet's row of nothing is a row of separators
+    nothing = "".join(_SEPARATORS) + string.whitespace
+    content = ((k, line) for k, line in enumerate(lines, 1) if line.strip(nothing))
     comment: tuple[int, str] | None = None
     told = None  # the separator, by the file itself
     for k, line in content:
@@ -228,7 +274,7 @@ def _head(path: Path, lines: list[str]) -> _Head | None:
             told = match[1].replace("\\t", "\t")
             continue
         bare = line.lstrip()
-        if bare.startswith(_COMMENTS):
+        if bare.startswith(COMMENTS):
             comment = (k, bare.lstrip("#%/ ").strip())
             continue
         following = [text for text in itertools.islice(lines, k, k + 20) if text.strip()]
@@ -251,10 +297,12 @@ def _separator(line: str, following: Iterable[str]) -> str:
     best = max(_SEPARATORS, key=lambda separator: fields[separator])
     if fields[best] > 1:
         return best
-    width = len(_split(line, " "))
-    sizes = {len(_split(text, " ")) for text in following if not text.startswith(_COMMENTS)}
-    # R's rows have one more cell than its header
-    return " " if width > 1 and sizes <= {width, width + 1} else ","
+    words = _split(line, " ")
+    width = len(words)
+    sizes = {len(_split(text, " ")) for text in following if not text.lstrip().startswith(COMMENTS)}
+    # R's rows have one more cell than its header; numbers are not the name of a single column
+    spaced = sizes <= {width, width + 1} or all(map(_is_number, words))
+    return " " if width > 1 and spaced else ","
 
 
 def _split(line: str, separator: str) -> list[str]:
@@ -280,17 +328,18 @@ def _is_number(cell: str) -> bool:
 def _fast_cells(lines: list[str], head: _Head) -> tuple[Cells, ...] | None:
     """The columns by a parser in C, where every line is a plain row; None where one may not be."""
     text = "".join(lines).rstrip("\r\n")
+    # every row after an end of line, the first too
+    block = f"\n{text}"
     width = len(head.header) or len(_split(lines[0], head.separator)) if lines else 0
     rows = text.count("\n") + 1
     plain = (
         bool(text)
         and width > 1
         and '"' not in "".join(head.header) + text
-        and "\n\n" not in text
-        and "\n\r" not in text
+        and "\n\n" not in block
+        and "\n\r" not in block
         and "\r" not in text.replace("\r\n", "\n")
-        and not any(f"\n{mark}" in text for mark in _COMMENTS)
-        and not any(f"\n{head.separator * (width - 1)}{end}" in text + "\n" for end in "\r\n")
+        and not (any(mark in text for mark in COMMENTS) and _COMMENT.search(block))
         and text.count(head.separator) == rows * (width - 1)
         and len(lines) == rows
     )
@@ -316,20 +365,34 @@ def _fast_polars(polars: Any, text: str, width: int, separator: str) -> tuple[Ce
         )
     except polars.exceptions.PolarsError:
         return None
-    return tuple(_polars_cells(polars, frame[name]) for name in frame.columns)
+    columns = [_polars_stripped(frame[name]) for name in frame.columns]
+    if len(columns) != width or _has_blank_row(columns):
+        return None
+    return tuple(_polars_cells(polars, column) for column in columns)
+
+
+def _polars_stripped(text: Any) -> Any:
+    text = text.str.strip_chars()
+    return text.set(text == "", None)
+
+
+def _has_blank_row(columns: list[Any]) -> bool:
+    if not all(column.null_count() for column in columns):
+        return False
+    return bool(functools.reduce(operator.and_, (c.is_null() for c in columns)).any())
 
 
 def _polars_cells(polars: Any, text: Any) -> Cells:
-    text = text.str.strip_chars()
-    text = text.set(text == "", None)
     missing = text.null_count()
-    if not text.str.contains(f"^({_NO_NUMBER})").any():
+    if not text.str.contains(f"^({NO_NUMBER})").any():
         whole = text.cast(polars.Int64, strict=False)
         if not missing and not whole.null_count():
             return np.asarray(whole.to_numpy(), np.int64)
         number = text.cast(polars.Float64, strict=False)
-        # what overflows, or says nan, keeps its text for the message; a long id its digits
-        if number.null_count() == missing and (number.abs() < _EXACT).all():
+        # what overflows or underflows, or says nan, keeps its text for the message; a long id its
+        # digits
+        exact = number.null_count() == missing and (number.abs() < _EXACT).all()
+        if exact and not text.filter(number == 0).str.contains(NOT_ZERO).any():
             return np.array(number.to_numpy(), np.float64)
     kept: list[Any] = text.to_list()
     return kept
@@ -349,11 +412,13 @@ def _fast_numpy(lines: list[str], text: str, separator: str) -> tuple[Cells, ...
     except (ValueError, Warning, OverflowError):
         return None
     columns = tuple(np.ascontiguousarray(rows[name]) for name in dtype.names or ())
+    if any((c == 0).any() for c in columns if c.dtype.kind == "f") and _TINY.search(text):
+        return None
     return columns if all((np.abs(column) < _EXACT).all() for column in columns) else None
 
 
 def _may_be_names(text: str, separator: str) -> bool:
-    """Whether some cell is `_NO_NUMBER`, or has white space around it, without a look at each."""
+    """Whether some cell is `NO_NUMBER`, or has white space around it, without a look at each."""
     if " " in text.replace(separator, "") or (separator != "\t" and "\t" in text):
         return True
     data = np.frombuffer(f"{text}\n\n\n".encode(), np.uint8)
@@ -420,7 +485,7 @@ def _records(
             if whole:
                 if not line.strip():
                     continue
-                if line.lstrip().startswith(_COMMENTS):
+                if line.lstrip().startswith(COMMENTS):
                     commented.append(position)
                     continue
                 began, whole = position, False
@@ -450,6 +515,8 @@ def _fail_ragged(
         f"the row has {size} cell{'s' * (size != 1)}, the {'header' if header else 'first row'} "
         f"{width} (separated by {shown_separator(separator)})"
     )
+    if separator == " " and not header:
+        problem += ": if each line holds a node and its neighbours, write an edge a line instead"
     raise FileFormatError(path, line, column or None, problem)
 
 
@@ -495,16 +562,15 @@ def _read_npz(path: Path, wanted: Callable[[str], bool]) -> Sheet:
     size = max((a.shape[0] for k, a in columns.items() if a.ndim == 1 and wanted(k)), default=0)
     beside = {k: a.shape for k, a in columns.items() if a.shape != (size,) and not wanted(k)}
     columns = {name: array for name, array in columns.items() if name not in beside}
-    notes = [f"ignored array {name!r} of shape {shape}" for name, shape in beside.items()]
+    left_out = tuple(f"array {name!r} of shape {shape}" for name, shape in beside.items())
     for name, array in columns.items():
         if array.shape != (size,):
             expected = f"({size},), one entry a row" if size else "[E], one entry a row"
             hint = "" if array.ndim == 1 else ": a column is an array of one axis"
             problem = f"the array has shape {array.shape}, expected {expected}{hint}"
             raise FileFormatError(path, None, name, problem)
-    return Sheet(
-        path, tuple(columns), tuple(map(array_cells, columns.values())), _row, notes=tuple(notes)
-    )
+    cells = tuple(map(array_cells, columns.values()))
+    return Sheet(path, tuple(columns), cells, _row, left_out=left_out)
 
 
 def _ends_apart(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -524,7 +590,7 @@ def _ends_apart(path: Path, columns: dict[str, np.ndarray]) -> dict[str, np.ndar
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an NPZ file by name; pickled objects are refused."""
-    with as_format_error(path, ValueError, EOFError, zipfile.BadZipFile), opened(path) as file:
+    with opened(path) as file, as_format_error(path, *ARCHIVE_ERRORS):
         arrays = np.load(io.BytesIO(file.read()), allow_pickle=False)
         if isinstance(arrays, np.ndarray):
             raise ValueError("it holds one array without a name")
