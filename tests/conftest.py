@@ -1,5 +1,6 @@
 """Every test runs in float32 and in float64, with silent broadcasting across ranks an error."""
 
+import gc
 import os
 from contextlib import nullcontext
 from importlib.metadata import version
@@ -21,6 +22,8 @@ from xdist.scheduler import LoadScopeScheduling
 from tests.products import SETTINGS, coarse_products
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# tracing makes objects by the million, and a full collection looks at every compiled program
+gc.set_threshold(100_000, 50, 100)
 
 TOGETHER = ("test_demo", "test_live", "test_report", "test_validation")
 """Modules whose tests share something that takes long to make."""
