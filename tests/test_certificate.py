@@ -187,7 +187,8 @@ def test_products_do_not_depend_on_the_order():
         ],
         np.float32,
     )
-    certify = lambda norms: lipschitz_certificate(list(norms[:, None, None] * jnp.eye(2)[None])).upper
+    eye = jnp.eye(2)[None]
+    certify = lambda norms: lipschitz_certificate(list(norms[:, None, None] * eye)).upper
     found = np.asarray(jax.jit(jax.vmap(certify))(chains)).astype(np.longdouble)
     exact = np.prod(chains.astype(np.longdouble), axis=1)
     assert (found >= exact).all()

@@ -224,8 +224,10 @@ def _check(settings: _Settings) -> None:
 
 
 def _real_layers(params: Any, layers: Rule | None) -> list[tuple[int, Layer]]:
-    """The layers, whose matrices have to be floating: others cannot be projected."""
-    found, leaves = find_layers(params, layers), jax.tree.leaves(params)
+    """The layers with entries, whose matrices have to be floating: others cannot be projected."""
+    leaves = jax.tree.leaves(params)
+    # a map without inputs or outputs has norm 0, which would leave the others without a bound
+    found = [(k, layer) for k, layer in find_layers(params, layers) if 0 not in leaves[k].shape]
     for k, _ in found:
         if not jnp.issubdtype(leaves[k].dtype, jnp.floating):
             raise ValueError(
@@ -356,7 +358,7 @@ SAMPLES = 4096
 def _sample(leaf: jax.Array) -> jax.Array:
     """A grid of entries."""
     most = round(SAMPLES ** (1 / leaf.ndim))
-    return leaf[tuple(slice(None, None, max(-(-size // most), 1)) for size in leaf.shape)]
+    return leaf[tuple(slice(None, None, -(-size // most)) for size in leaf.shape)]
 
 
 def _differs(leaf: jax.Array, known: jax.Array) -> jax.Array:

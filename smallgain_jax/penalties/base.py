@@ -240,7 +240,10 @@ def shrinkage(size: jax.Array) -> jax.Array:
 
 def over(x: jax.Array, scale: jax.Array) -> jax.Array:
     """x / scale for every normal scale, with derivatives that are products, in every order."""
-    shrunk = shrinkage(jax.lax.stop_gradient(scale))
+    # by each entry, because two factors that are constants would be compiled to one again; beside
+    # a scale that large what is below 1 is as good as 0
+    shrunk = jnp.where(jnp.abs(jax.lax.stop_gradient(x)) > 1, shrinkage(scale), 1)
+    shrunk = jax.lax.stop_gradient(shrunk)
     return (x * shrunk) * reciprocal(scale * shrunk)
 
 
