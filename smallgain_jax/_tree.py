@@ -59,8 +59,22 @@ def vdot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Product of two arrays in all bits of their dtype, as in `vdot`."""
-    return jnp.matmul(a, b, precision=HIGHEST)
+    """Product of two arrays in all bits of their dtype, as in `vdot`.
+
+    Over a mesh with explicit axes it is sharded as the arrays' own axes are; where those do not say
+    how (both sides sharded along what is summed, or twice along the same), it is on every device.
+    """
+    ours, theirs = (jax.typeof(x).sharding.spec for x in (a, b))
+    summed = -1 if b.ndim == 1 else -2
+    free = [*ours[:-1], *theirs[:summed], *theirs[b.ndim + summed + 1 :]]
+    axes = [name for axis in free for name in (axis if isinstance(axis, tuple) else (axis,))]
+    names = [name for name in axes if name is not None]
+    if None in (ours[-1], theirs[summed]) and len(set(names)) == len(names):
+        return jnp.matmul(a, b, precision=HIGHEST)
+    everywhere = jax.sharding.NamedSharding(
+        jax.typeof(a).sharding.mesh, jax.sharding.PartitionSpec()
+    )
+    return jnp.matmul(a, b, precision=HIGHEST, out_sharding=everywhere)
 
 
 def unit_of(*arrays: jax.Array) -> jax.Array:

@@ -67,14 +67,13 @@ def throttle(
     loss: Callable[..., jax.Array] | None = None,
     same_batch: bool = False,
     power_steps: int = 1,
-    eps: ArrayLike = 1e-12,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiply the base optimizer's update by a scalar that keeps $\alpha\,\eta\,C$ near chi.
 
-    With $C_t = \|G_t - G_{t-1}\| / (\|\theta_t - \theta_{t-1}\| + \epsilon)$ over the whole tree
-    and the control signal $C = \max(C_t, \mathrm{EMA})$,
+    With $C_t = \|G_t - G_{t-1}\| / \|\theta_t - \theta_{t-1}\|$ over the whole tree and the control
+    signal $C = \max(C_t, \mathrm{EMA})$,
 
-    - order 0: $\alpha = \min(1, \chi / (\eta\,(C + \epsilon)))$;
+    - order 0: $\alpha = \min(1, \chi / (\eta\,C))$;
     - order 1: $\alpha \leftarrow \alpha + k\,(\chi - \eta\,\alpha\,C)$;
     - order 2: $v \leftarrow 0.8\,v + k\,(\chi - \eta\,\alpha\,C)$, $\alpha \leftarrow \alpha + v$,
 
@@ -115,8 +114,9 @@ def throttle(
       gain, damping: k and the velocity's decay, orders 1 and 2; in [0, 1].
       alpha_min, alpha_max: bounds, 0 < alpha_min <= alpha_max <= 1.
       tolerance: None, or how many times the quiet gradient norm counts as unstable, above 1.
-      probe: before the first secant there is nothing to go by, and the first update is cut to a
-        norm of at most probe (1 + ||params||), below alpha_min if need be.
+      probe: until there is a secant there is nothing to go by, and updates are cut to a norm of at
+        most probe (1 + ||params||), below alpha_min if need be: the first, and those after updates
+        too short to tell, or of 0.
       quantum: smallest norm of an update worth making; alpha is raised to quantum / ||u|| (up to
         alpha_max), and steps where that exceeds the control are counted as `infeasible`. None
         takes half a unit of rounding of the leaves below 32 bits, and no floor for the others.
@@ -127,7 +127,6 @@ def throttle(
       same_batch: evaluate the new batch's gradient at the old parameters too, so that the secant
         holds no batch noise; one more gradient a step.
       power_steps: Hessian-vector products per update with "power", static.
-      eps: added to lengths and curvatures that are divided by.
 
     Returns:
       An optax transformation whose `update` needs `params`; its state is a `ThrottleState`. A
@@ -165,7 +164,6 @@ def throttle(
         loss,
         same_batch,
         power_steps,
-        eps,
     )
     _check(settings)
     base = optax.with_extra_args_support(base_optimizer)
@@ -185,7 +183,10 @@ def throttle(
             usable &= jnp.all(jnp.isfinite(extra_args["value"]))
         kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
         skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        scaled = select(usable, _scale(raw, moved.alpha), jax.tree.map(jnp.zeros_like, raw))
+        # chosen first, then scaled: compiled code would multiply the base's own factor by alpha
+        # before the gradient, a product that may fall below the normal numbers, to 0
+        safe = select(usable, raw, jax.tree.map(jnp.zeros_like, raw))
+        scaled = _scale(safe, jnp.where(usable, moved.alpha, 1))
         return scaled, kept._replace(skipped=skipped)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -209,7 +210,6 @@ class _Settings(NamedTuple):
     loss: Callable[..., jax.Array] | None
     same_batch: bool
     power_steps: int
-    eps: ArrayLike
 
 
 def _check(settings: _Settings) -> None:
@@ -235,7 +235,6 @@ def _check(settings: _Settings) -> None:
         check_fraction(name, getattr(settings, name))
     if isinstance(low, float | int) and isinstance(high, float | int):
         check_fraction("alpha_min", low, high=high)
-    check_fraction("eps", settings.eps, high=np.inf)
     if settings.quantum is not None:
         check_fraction("quantum", settings.quantum, high=np.inf)
     if settings.tolerance is not None:
@@ -303,6 +302,7 @@ class _Seen(NamedTuple):
     """Curvature along the path."""
 
     now: jax.Array  # [] measured in this update
+    any: jax.Array  # [] bool, whether this or an update before said something
     lipschitz: jax.Array  # [] the last one that says something
     average: jax.Array  # []
     direction: Any
@@ -338,7 +338,7 @@ def _measure(
     lipschitz = jnp.where(seen, now, state.gradient_lipschitz)
     known = state.gradient_lipschitz_ema
     average = jnp.where(known > 0, known + settings.ema * (lipschitz - known), lipschitz)
-    return _Seen(now, lipschitz, jnp.where(seen, average, known), direction)
+    return _Seen(now, seen | (known > 0), lipschitz, jnp.where(seen, average, known), direction)
 
 
 def _with_args(loss: Callable[..., jax.Array], args: tuple[Any, ...], at: Any) -> jax.Array:
@@ -355,10 +355,10 @@ def _secant(
         old = jax.grad(settings.loss)(state.previous_params, *args)
     step = norm(_subtract(params, state.previous_params), dtype)
     change = norm(_subtract(grads, old), dtype)
-    # below the resolution of the parameters, or eps, a difference is no step to go by
+    # below the resolution of the parameters a difference is no step to go by
     resolution = jnp.finfo(dtype).eps * norm(params, dtype)
-    resolution = jnp.maximum(resolution, 100 * settings.eps)
-    return change / (step + settings.eps), (state.count > 0) & (step > resolution)
+    seen = (state.count > 0) & (step > resolution)
+    return jnp.where(seen, change / jnp.where(seen, step, 1), 0), seen
 
 
 def _power(
@@ -393,9 +393,9 @@ def _control(
         alpha = jnp.where(holds, jnp.clip(state.alpha, alpha, settings.alpha_max), alpha)
     if settings.curvature == "secant":
         reach = settings.probe * (1 + norm(params, dtype))
-        blind = (state.count == 0) & (length > 0)
-        shortened = jnp.minimum(1, reach / jnp.where(length > 0, length, 1))
-        alpha = jnp.where(blind, jnp.minimum(alpha, shortened), alpha)
+        # not only at first: an update of 0, or one too short, leaves no secant
+        shortened = reach / jnp.maximum(length, reach)
+        alpha = jnp.where(seen.any, alpha, jnp.minimum(alpha, shortened))
     quantum = settings.quantum
     smallest = _rounding(params, dtype) if quantum is None else jnp.asarray(quantum, dtype)
     floor = jnp.where(length > 0, smallest / jnp.where(length > 0, length, 1), 0)
@@ -417,8 +417,8 @@ def _law(
     if rate is None:
         rate = jnp.where(size > 0, length / jnp.where(size > 0, size, 1), 0)
     rate = jnp.asarray(rate(state.count) if callable(rate) else rate, dtype)
-    allowed = settings.chi / (rate * (signal + settings.eps) + jnp.finfo(dtype).tiny)
-    allowed = jnp.clip(jnp.clip(allowed, 0, 1), settings.alpha_min, settings.alpha_max)
+    allowed = settings.chi / jnp.maximum(rate * signal, settings.chi)
+    allowed = jnp.clip(allowed, settings.alpha_min, settings.alpha_max)
     if settings.order == 0:
         return allowed, state.velocity
     # the integrator starts from what is allowed as soon as something is known

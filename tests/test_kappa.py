@@ -218,6 +218,14 @@ def test_meshes(kind):
         found, state = update(grown, optimizer.init(params), params)
         update(grown, state, params)
         assert found["w"].sharding.spec[0] == "rows"
+        # prices of losses over a mesh: products of two arrays sharded along what is summed
+        losses = sg.terms(lambda p: {"u": jnp.sum((p["w"] - 1) ** 2), "v": jnp.sum(p["w"] ** 4)})
+        greedy = sg.small_gain(optax.sgd(0.01), losses, policy="greedy")
+        shares = [
+            jax.jit(greedy.update)(raw, greedy.init(at), at)[1].weights
+            for at, raw in ((params, grown), (plain, raw))
+        ]
+    np.testing.assert_allclose(*shares, rtol=1e-5)
     np.testing.assert_allclose(found["w"], expected["w"], rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state.info.bounds, after.info.bounds, rtol=1e-5)
 
@@ -231,6 +239,45 @@ def test_no_nan_and_no_infinity_on_the_way():
         for update in (optimizer.update, jax.jit(optimizer.update)):
             cut, state = update(jax.tree.map(jnp.ones_like, params), state, params)
     assert np.isfinite(cut["a"]).all()
+
+
+@pytest.mark.parametrize("projection", ["scale", "clip", "soft"])
+def test_updates_at_the_end_of_the_range(projection, x64):
+    most = float(np.finfo(np.float64 if x64 else np.float32).max)
+    optimizer = kappa_budget(1.0, projection=projection)
+    update = jax.jit(optimizer.update)
+    params = {"a": jnp.eye(2), "none": jnp.zeros((0, 2))}
+    state = optimizer.init(params)
+
+    def step(params, state, raw):
+        raw, state = update({"a": jnp.asarray(raw), "none": params["none"]}, state, params)
+        return optax.apply_updates(params, raw), state
+
+    for _ in range(3):
+        params, state = step(params, state, most / 3 * np.eye(2))
+        assert np.linalg.norm(np.asarray(params["a"], np.float64), 2) <= 1
+        assert state.info.bounds[0] <= 1
+    assert state.count == 3
+    # a norm beyond the largest number is not known: nothing is done, and nothing learnt
+    after, skipped = step(params, state, np.full((2, 2), most / 1.5))
+    np.testing.assert_array_equal(after["a"], params["a"])
+    assert skipped.skipped == 1
+    jax.tree.map(np.testing.assert_array_equal, skipped.info, state.info)
+    # and as the parameters, which the sampled entries notice
+    for entry in (np.nan, np.inf):
+        hurt = {**params, "a": params["a"].at[0, 1].set(entry)}
+        zero, skipped = update(jax.tree.map(jnp.ones_like, hurt), state, hurt)
+        assert not np.any(zero["a"])
+        assert skipped.skipped == 1
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("dtype", ["int8", "complex64"])
+def test_only_floating_matrices_are_projected(dtype):
+    params = {"a": jnp.ones((2, 2), dtype)}
+    optimizer = kappa_budget(1.0, layers=lambda path, leaf: Layer())
+    with pytest.raises(ValueError, match=rf"^layers must be floating.*{dtype}"):
+        optimizer.init(params)
 
 
 def test_layers_by_rule_round_trip():

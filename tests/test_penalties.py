@@ -581,6 +581,90 @@ def test_a_penalty_overflows_no_sooner_than_it_must(penalty, x, expected):
     assert np.isfinite(penalty.gradient(x.astype(np.float32))).all()
 
 
+def ref_hoyer_rows(x):
+    size = np.sqrt(np.sum(x**2))
+    f = np.sum(np.abs(x)) / size
+    t = np.sum(np.sign(x) ** 2) - f * f
+    return (f + np.sqrt(f * f + 4 * t)) / 2 / size**2 / (np.sqrt(L(x.size)) - 1)
+
+
+ENDS = [
+    (LogSparsity(1e-19, weight=0.0), [0.0, 1.0, 1e-19]),
+    (LogSparsity(1e-25), [1e-25, 0.0, 1.0]),
+    (LogSparsity(2e38, weight=1e10), [3e38, 1.0, -2e38]),
+    (SmoothedL1(2e38, weight=0.0), [3e38, 1.0]),
+    (SmoothedL1(2e38, weight=0.1), [3e38, 1.0]),
+    (SmoothedL1(2e-38, weight=1e-10), [3e-38, 1.0, 0.0]),
+    (Hoyer(), [3e38, -1e38, 5e37, 0.0]),
+    (Hoyer(weight=0.0), [3e-30, -1e-30, 5e-31, 0.0]),
+    (Hoyer(), [3e-18, -1e-18, 5e-19, 0.0]),
+    (Hoyer(), [3e-30, -1e-30, 5e-31, 0.0]),
+    (JumpReLU([1.0, 1.0], 1e-20), [5.0, 1.0]),
+    (JumpReLU([1.0, 1.0], 1e-20, weight=0.0), [5.0, 1.0]),
+    (JumpReLU([1.0, 1e38], 2e38), [3e38, -1e38]),
+]
+
+
+def at_the_ends(penalty, x):
+    """Value, gradient, majorizer and diagonal of the Hessian, in 80 bits."""
+    w, z = L(penalty.weight), np.asarray(x, np.float32).astype(L)
+    if isinstance(penalty, LogSparsity):
+        d = L(penalty.delta)
+        bound = 2 * w / (d**2 + z**2)
+        bend = bound * (d - z) * (d + z) / (d**2 + z**2)
+        return w * np.log1p((z / d) ** 2).sum(), bound * z, bound, bend
+    if isinstance(penalty, SmoothedL1):
+        r = np.sqrt(z**2 + L(penalty.eps) ** 2)
+        return (w * r).sum(), w * z / r, w / r, w * L(penalty.eps) ** 2 / r**3
+    if isinstance(penalty, JumpReLU):
+        tau, eps = np.asarray(penalty.thresholds).astype(L), L(penalty.eps)
+        g, u = 1 / (1 + np.exp((tau - z) / eps)), (z - tau) / eps
+        slope = np.exp(-np.abs(u)) / (1 + np.exp(-np.abs(u))) ** 2
+        bend = w * tau * slope * (1 - 2 * g) / eps**2
+        rows = w * tau * slope * np.maximum(slope, np.abs(1 - 2 * g)) / eps**2
+        return (w * tau * g).sum(), w * tau * slope / eps, rows, bend
+    f, size = np.abs(z).sum() / np.sqrt((z**2).sum()), np.sqrt((z**2).sum())
+    factor = w / (np.sqrt(L(z.size)) - 1)
+    rows = np.full(z.shape, w * ref_hoyer_rows(z))
+    return factor * (f - 1), factor * (np.sign(z) - f * z / size) / size, rows, None
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("penalty", "x"), ENDS)
+@pytest.mark.parametrize("jit", [True, False])
+def test_formulas_at_the_ends_of_float32(penalty, x, jit):
+    def ask(x):
+        bend = None if isinstance(penalty, Hoyer) else penalty.hessian_diagonal(x)
+        return penalty(x), penalty.gradient(x), penalty.majorizer_diagonal(x), bend
+
+    found = (jax.jit(ask) if jit else ask)(jnp.asarray(x, jnp.float32))
+    top = float(np.finfo(np.float32).max)
+    for name, one, exact in zip(["p", "gradient", "rows", "bend"], found, at_the_ends(penalty, x)):
+        if exact is None:
+            continue
+        # below the smallest normal number there is nothing
+        np.testing.assert_allclose(
+            np.asarray(one).astype(L), np.clip(exact, -top, top), rtol=2e-5, atol=2e-38,
+            err_msg=name,
+        )  # fmt: skip
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("exact_rows", [True, False])
+def test_entropy_at_a_temperature_whose_square_underflows(exact_rows):
+    penalty = SoftmaxEntropy(3, 1e-30, exact_rows=exact_rows)
+    ask = lambda z: (penalty(z), penalty.majorizer_diagonal(z), penalty.hessian_diagonal(z))
+    # one atom has all the weight: e^(-1e30) is 0 in every unit
+    for value in (*ask(jnp.arange(3.0)), *jax.jit(ask)(jnp.arange(3.0))):
+        np.testing.assert_array_equal(value, 0)
+    # H = -(diag(a) - a a') / tau^2 with a = 1/3, beyond float32
+    top = float(np.finfo(np.float32).max)
+    value, rows, bend = ask(jnp.zeros(3))
+    np.testing.assert_allclose(value, np.log(3), rtol=1e-6)
+    np.testing.assert_array_equal(rows, top)
+    np.testing.assert_array_equal(bend, -top)
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("penalty", [TopK(1, weight=0.0), JumpReLU([1.0, 1.0], 0.1, weight=0.0)])
 def test_a_weight_of_zero_switches_a_penalty_off(penalty):
@@ -863,6 +947,25 @@ BAD = [
 @pytest.mark.parametrize(("argument", "call"), BAD)
 def test_bad_input_is_named(argument, call):
     with pytest.raises(ValueError, match=rf"^{argument}\b" if argument[-1] != "]" else argument):
+        call()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("argument", "call"),
+    [
+        ("delta", lambda: LogSparsity("1")),
+        ("eps", lambda: SmoothedL1(None)),
+        ("weight", lambda: Hoyer(weight="a")),
+        ("weight", lambda: Hoyer(weight=None)),
+        ("x", lambda: Hoyer()([None, 1.0])),
+        ("k", lambda: TopK(1.5)),
+        ("k", lambda: TopK("2")),
+        ("num_atoms", lambda: SoftmaxEntropy(2.5)),
+    ],
+)
+def test_what_is_no_number_is_named(argument, call):
+    with pytest.raises(TypeError, match=rf"^{argument}\b"):
         call()
 
 

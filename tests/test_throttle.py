@@ -317,23 +317,43 @@ def test_state_survives_donation():
 
 
 @pytest.mark.parametrize("curvature", ["secant", "hvp", "power"])
-@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e20, 1e30])
-def test_squares_that_leave_float32(curvature, scale):
+@pytest.mark.parametrize(
+    ("scale", "unit"), [(1e-36, 1), (1e-30, 1e-5), (1e-16, 1e-16), (1e20, 1e-20), (1e36, 1)]
+)
+def test_any_scale_of_gradients_and_parameters(curvature, scale, unit):
     scale = jnp.asarray(scale, jnp.float32)
     # curvature `scale` at a rate of ten times its limit: after the first answers alpha = 1.5 / 20
     loss = lambda x: scale * jnp.sum(x**2) / 2
     optimizer = throttle(
         optax.sgd(20 / scale), 20 / scale, loss=None if curvature == "secant" else loss,
-        curvature=curvature, eps=0.0,
+        curvature=curvature,
     )  # fmt: skip
-    x = jnp.asarray([1.0, -2.0], jnp.float32)
+    x = jnp.asarray([unit, -2 * unit], jnp.float32)
     state, update = optimizer.init(x), jax.jit(optimizer.update)
     for _ in range(3):
+        before = x
         updates, state = update(jax.grad(loss)(x), state, x)
         x = optax.apply_updates(x, updates)
     assert state.skipped == 0
     np.testing.assert_allclose(state.gradient_lipschitz / scale, 1, rtol=1e-3)
     np.testing.assert_allclose(state.alpha, 0.075, rtol=1e-3)
+    # 1 - 0.075 x 20: the update itself arrives, too
+    np.testing.assert_allclose(x, -before / 2, rtol=1e-2)
+
+
+@pytest.mark.once
+def test_an_update_without_a_secant_leaves_the_next_one_a_probe():
+    optimizer = throttle(optax.sgd(100.0), 100.0)
+    update, x = jax.jit(optimizer.update), jnp.array([1.0, -2.0])
+    state = optimizer.init(x)
+    for gradient, length in [(0 * x, 0), (2 * x, 1e-3 * (1 + np.sqrt(5)))]:
+        updates, state = update(gradient, state, x)
+        np.testing.assert_allclose(jnp.linalg.norm(updates), length, rtol=1e-5)
+    # and the curvature of a straight line is one that was seen: 0
+    for _ in range(3):
+        x = optax.apply_updates(x, updates)
+        updates, state = update(gradient, state, x)
+    assert state.alpha == 1
 
 
 @pytest.mark.once

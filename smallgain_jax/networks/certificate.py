@@ -4,7 +4,7 @@ The upper bound multiplies certified spectral norms and the activations' constan
 the largest gain of the Jacobian that a search over inputs has met.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,8 +13,8 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
 from smallgain_jax._show import shows
-from smallgain_jax.networks.layers import Rule, find_layers
-from smallgain_jax.spectral.norms import spectral_bound
+from smallgain_jax.networks.layers import Rule, find_layers, whole
+from smallgain_jax.spectral.norms import in_unit, spectral_bound
 
 ACTIVATIONS: dict[str, float] = {
     "abs": 1.0,
@@ -56,49 +56,85 @@ def lipschitz_certificate(
 
     Args:
       params: pytree of the network's parameters.
-      layers: rule (path, leaf) -> `Layer` or None, as in `kappa_budget`; None takes matrices, and
-        convolutions whose layout the leaf's name tells.
+      layers: rule (path, leaf) -> `Layer` or None, as in `kappa_budget`; None takes
+        `matrix_layers`: matrices, and convolutions whose layout the leaf's name tells, but nothing
+        that is named as a bias or a scale.
       activations: a name of `ACTIVATIONS`, used between all layers, or one Lipschitz constant per
         gap, [n - 1].
       power_steps: of the power iteration behind each certificate, static.
 
     Returns:
-      A `Certificate`; 1 for a network without layers.
+      A `Certificate`; 1 for a network without layers. `upper` is never below the product: infinite
+      where that exceeds the largest number, at least the smallest normal one where it is not 0, and
+      NaN or infinite where a matrix has an entry that is not finite.
 
     Raises:
-      ValueError: an unknown name, a constant that is not positive, a wrong number of them, or a
-        leaf with more than two axes whose layout is not known.
+      ValueError: an unknown name, a constant that is not positive, a wrong number of them, a leaf
+        with more than two axes whose layout is not known, or one of integers without a rule.
+      TypeError: activations that are neither a name nor several numbers.
 
     >>> weights = [jnp.diag(jnp.array([2.0, 1.0])), jnp.diag(jnp.array([1.0, 3.0]))]
     >>> bool(6.0 <= lipschitz_certificate(weights).upper <= 6.1)
     True
     """
     leaves, found = jax.tree.leaves(params), find_layers(params, layers)
-    gaps = max(len(found) - 1, 0)
+    constants = _constants(activations, max(len(found) - 1, 0))
+    if not found:
+        return Certificate(jnp.ones(()), jnp.zeros(0), jnp.zeros(0))
+    norms = [
+        spectral_bound(layer.matrix(whole(leaves[k])), power_steps=power_steps).upper
+        for k, layer in found
+    ]
+    bounds = _upward(
+        jnp.stack([layer.gain * n for (_, layer), n in zip(found, norms, strict=True)]),
+        jnp.stack(norms),
+    )
+    between = _upward(jnp.asarray(constants, bounds.dtype), jnp.ones(()))
+    return Certificate(_product(jnp.concatenate([bounds, between])), bounds, between)
+
+
+def _upward(x: jax.Array, of: jax.Array) -> jax.Array:
+    """x, at least the smallest normal number where what it comes `of` is not 0."""
+    return jnp.where(of == 0, 0, jnp.maximum(x, jnp.finfo(x.dtype).tiny))
+
+
+def _product(factors: jax.Array) -> jax.Array:
+    """An upper bound of the product of numbers of at least 0, which alone may leave the range.
+
+    Mantissas and exponents apart: the plain product depends on the order, 0 or infinite half way.
+    """
+
+    def times(carry: tuple[jax.Array, jax.Array], factor: jax.Array) -> tuple[Any, None]:
+        mantissa, shift = jnp.frexp(carry[0] * jnp.frexp(factor)[0])
+        return (mantissa, carry[1] + shift + jnp.frexp(factor)[1]), None
+
+    one = (jnp.ones_like(factors[0]), jnp.zeros((), jnp.int32))
+    (mantissa, exponent), _ = jax.lax.scan(times, one, factors)
+    # rounded once for each factor, and once when it was computed
+    rounding = 1 + 2 * float(jnp.finfo(factors.dtype).eps) * (factors.size + 1)
+    return _upward(jnp.ldexp(mantissa * rounding, exponent), mantissa)
+
+
+def _constants(activations: str | Sequence[float], gaps: int) -> list[Any]:
+    """One Lipschitz constant for each gap between layers."""
     if isinstance(activations, str):
         if activations not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise ValueError(f"activations = {activations!r} is unknown: choose from {names}")
-        constants = [ACTIVATIONS[activations]] * gaps
-    else:
-        constants = list(activations)
-        if len(constants) != gaps:
-            raise ValueError(
-                f"activations has {len(constants)} constants, but {gaps} lie between the layers"
-            )
-        for index, constant in enumerate(constants):
-            check_positive(f"activations[{index}]", constant)
-    if not found:
-        return Certificate(jnp.ones(()), jnp.zeros(0), jnp.zeros(0))
-    bounds = jnp.stack(
-        [
-            layer.gain * spectral_bound(layer.matrix(leaves[k]), power_steps=power_steps).upper
-            for k, layer in found
-        ]
-    )
-    between = jnp.asarray(constants, bounds.dtype)
-    rounding = 1 + 4 * float(jnp.finfo(bounds.dtype).eps) * len(found)
-    return Certificate(jnp.prod(bounds) * jnp.prod(between) * rounding, bounds, between)
+        return [ACTIVATIONS[activations]] * gaps
+    expected = f"a name, or one constant for each of {gaps} gaps between the layers"
+    if not isinstance(activations, Iterable) or getattr(activations, "ndim", 1) == 0:
+        raise TypeError(f"activations must be {expected}, got {activations!r}")
+    constants: list[Any] = list(activations)
+    if len(constants) != gaps:
+        raise ValueError(
+            f"activations has {len(constants)} constants, but {gaps} lie between the layers"
+        )
+    for index, constant in enumerate(constants):
+        if isinstance(constant, str):
+            raise TypeError(f"activations[{index}] = {constant!r}: activations must be {expected}")
+        check_positive(f"activations[{index}]", constant)
+    return constants
 
 
 @shows()
@@ -156,11 +192,14 @@ def lipschitz_lower_bound(
             return fn(x)
 
     def log_gain(x: jax.Array, v: jax.Array) -> jax.Array:
-        stretched = jax.jvp(network, (x,), (v,))[1]
-        return jnp.log(jnp.maximum(jnp.sum(stretched**2), jnp.finfo(dtype).tiny)) / 2
+        stretched, unit = in_unit(jax.jvp(network, (x,), (v,))[1])
+        square = jnp.sum(stretched**2)
+        # what stretches nothing proves nothing: its logarithm must not be that of a small number
+        known = jnp.log(unit) + jnp.log(jnp.where(square > 0, square, 1)) / 2
+        return jnp.where(square > 0, known, -jnp.inf)
 
     def search(x: jax.Array, key: jax.Array) -> LowerBound:
-        reach = step_size * (1 + jnp.sqrt(jnp.sum(x**2)))
+        reach = step_size * (1 + _length(x))
         key, first = jax.random.split(key)
         v = _unit(jax.random.normal(first, x.shape, dtype))
 
@@ -168,13 +207,13 @@ def lipschitz_lower_bound(
             x, v, best = carry
             outward, pull = jax.vjp(network, x)
             del outward
-            (turned,) = pull(jax.jvp(network, (x,), (v,))[1])
-            v = jnp.where(jnp.sum(turned**2) > 0, _unit(turned), v)
+            (turned,) = pull(_unit(jax.jvp(network, (x,), (v,))[1]))
+            v = jnp.where(_length(turned) > 0, _unit(turned), v)
             gain, slope = jax.value_and_grad(log_gain)(x, v)
             better = jnp.isfinite(gain) & (gain > best[0])
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (gain, x, v), best)
             noise = jax.random.normal(jax.random.fold_in(key, k), x.shape, dtype)
-            flat = ~(jnp.sum(slope**2) > 0)
+            flat = ~(_length(slope) > 0)
             heading = _unit(jnp.where(flat, noise, slope))
             return (x + reach * (1 - k / steps) * heading, v, best), None
 
@@ -188,6 +227,12 @@ def lipschitz_lower_bound(
     return LowerBound(found.lower[winner], found.x[winner], found.direction[winner])
 
 
+def _length(v: jax.Array) -> jax.Array:
+    inside, unit = in_unit(v)
+    return unit * jnp.sqrt(jnp.sum(inside**2))
+
+
 def _unit(v: jax.Array) -> jax.Array:
-    length = jnp.sqrt(jnp.sum(v**2))
-    return v / jnp.where(length > 0, length, 1)
+    inside, _ = in_unit(v)
+    length = jnp.sqrt(jnp.sum(inside**2))
+    return inside / jnp.where(length > 0, length, 1)

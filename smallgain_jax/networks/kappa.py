@@ -28,12 +28,12 @@ from smallgain_jax.networks.layers import Layer, Rule, find_layers, placed_like,
 from smallgain_jax.networks.projections import (
     DIRECTIONS,
     PROJECTIONS,
-    TINY,
     frobenius,
     project,
     stored,
+    tiny,
 )
-from smallgain_jax.spectral.norms import inflation, spectral_bound, start_vector
+from smallgain_jax.spectral.norms import in_unit, inflation, spectral_bound, start_vector
 
 STATIC = ("layers", "policy", "projection", "every")
 """Arguments of `kappa_budget` that shape the program: `static_args` of `inject_hyperparams`."""
@@ -124,11 +124,13 @@ def kappa_budget(
 
     Returns:
       An optax transformation whose `update` needs `params`, and takes the extra argument `grad`.
-      Its state is a `KappaState`. A non-finite update gives a zero update, counted in `skipped`.
+      Its state is a `KappaState`. A non-finite update, or one after which a norm is not known to be
+      finite, gives a zero update, counted in `skipped`.
 
     Raises:
-      ValueError: an unknown name, a number outside its range, `update` without params, or a leaf
-        with more than two axes whose layout is not known.
+      ValueError: an unknown name, a number outside its range, `update` without params, a leaf
+        with more than two axes whose layout is not known, or a layer of complex numbers or
+        integers.
 
     >>> optimizer = optax.chain(optax.sgd(1.0), kappa_budget(2.0))
     >>> params = {"a": jnp.eye(2), "b": jnp.eye(2)}
@@ -144,14 +146,14 @@ def kappa_budget(
     _check(settings)
 
     def init(params: Any) -> KappaState:
-        return _initial_state(params, find_layers(params, layers), settings)
+        return _initial_state(params, _real_layers(params, layers), settings)
 
     def update(
         updates: Any, state: KappaState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KappaState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        chain = _Chain(find_layers(params, layers))
+        chain = _Chain(_real_layers(params, layers))
         if not chain.found:
             return updates, state._replace(count=optax.safe_increment(state.count))
         raw, structure = jax.tree.flatten(updates)
@@ -162,6 +164,8 @@ def kappa_budget(
         grads = jax.tree.leaves(extra_args["grad"]) if "grad" in extra_args else None
         growth = safe if grads is None else [-whole(g) for g in grads]
         seen = _observe(state, chain, old, safe, growth, settings)
+        # of parameters that are not finite, or would not be, no norm is known
+        usable &= jnp.all(jnp.isfinite(seen.bounds))
         out, bounds, vectors = _projected(seen, chain, old, safe, settings)
         out = [jnp.where(usable, u, 0) for u in out]
         left = jax.lax.stop_gradient([stored(old[k], out[k]) for k, _ in chain.found])
@@ -217,6 +221,20 @@ def _check(settings: _Settings) -> None:
     check_fraction("floor", settings.floor)
     check_fraction("ceiling", settings.ceiling, low=1.0, high=np.inf)
     check_fraction("ema", settings.ema)
+
+
+def _real_layers(params: Any, layers: Rule | None) -> list[tuple[int, Layer]]:
+    """The layers with entries, whose matrices have to be floating: others cannot be projected."""
+    leaves = jax.tree.leaves(params)
+    # a map without inputs or outputs has norm 0, which would leave the others without a bound
+    found = [(k, layer) for k, layer in find_layers(params, layers) if 0 not in leaves[k].shape]
+    for k, _ in found:
+        if not jnp.issubdtype(leaves[k].dtype, jnp.floating):
+            raise ValueError(
+                f"layers must be floating matrices, got one of dtype {leaves[k].dtype} and shape "
+                f"{leaves[k].shape}: leave it out by a rule (path, leaf) -> None"
+            )
+    return found
 
 
 def _initial_state(params: Any, found: list[tuple[int, Layer]], settings: _Settings) -> KappaState:
@@ -397,7 +415,7 @@ SLACK = 2e-6
 
 
 def _log(x: jax.Array) -> jax.Array:
-    return jnp.log(jnp.maximum(x, TINY))
+    return jnp.log(jnp.maximum(x, tiny(x)))
 
 
 def _wishes(pairs: list[tuple[jax.Array, jax.Array]], dtype: Any) -> jax.Array:
@@ -405,8 +423,7 @@ def _wishes(pairs: list[tuple[jax.Array, jax.Array]], dtype: Any) -> jax.Array:
 
     def largest(leaves: list[jax.Array]) -> jax.Array:
         tops = [jnp.max(jnp.abs(leaf), initial=0.0).astype(dtype) for leaf in leaves]
-        top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops)))
-        return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+        return in_unit(jnp.stack(tops))[1]
 
     layers, growths = ([pair[side] for pair in pairs] for side in (0, 1))
     a, b = largest(layers), largest(growths)

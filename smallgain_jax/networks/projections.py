@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from smallgain_jax._tree import matmul, vdot
 from smallgain_jax.networks.layers import Layer
-from smallgain_jax.spectral.norms import CERTAINTY, coarse_bound, gram_power, spectral_bound
+from smallgain_jax.spectral.norms import (
+    CERTAINTY,
+    coarse_bound,
+    gram_power,
+    in_unit,
+    spectral_bound,
+)
 
 PROJECTIONS = ("scale", "clip", "soft")
 DIRECTIONS = 4
@@ -15,8 +21,6 @@ DIRECTIONS = 4
 CLIP_POWER_STEPS = 6
 SHARPNESS = 8
 """Power of the soft cap: a layer at half its kappa is scaled by 1 - 5e-4."""
-TINY = 1e-30
-"""Stands for the norm of a zero matrix where a logarithm is taken."""
 
 
 def stored(params: jax.Array, update: jax.Array) -> jax.Array:
@@ -26,9 +30,13 @@ def stored(params: jax.Array, update: jax.Array) -> jax.Array:
 
 def frobenius(matrix: jax.Array) -> jax.Array:
     """Frobenius' norm, in units of the largest entry first: squares overflow before it does."""
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), initial=0.0))
-    scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
-    return scale * jnp.sqrt(jnp.sum((matrix / scale) ** 2))
+    inside, unit = in_unit(matrix)
+    return unit * jnp.sqrt(jnp.sum(inside**2))
+
+
+def tiny(array: jax.Array) -> float:
+    """The smallest normal number: stands for 0 where a logarithm or a quotient is taken."""
+    return float(jnp.finfo(array.dtype).tiny)
 
 
 def project(
@@ -55,7 +63,8 @@ def project(
     else:
         # less the rounding of the leaf's dtype, as it is on average
         rounding = float(jnp.finfo(params.dtype).eps) / 4 * frobenius(raw)
-        wanted = jnp.minimum(cap / jnp.maximum(reached + rounding, TINY), 1)
+        size = jnp.maximum(reached + rounding, cap)
+        wanted = cap / jnp.where(size > 0, size, 1)
     held, old = jax.lax.stop_gradient((matrix, params))
 
     def stored_bound(factor: jax.Array) -> jax.Array:
@@ -119,9 +128,12 @@ def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.A
     tall = matrix.shape[0] > matrix.shape[1]
     small = matrix.T if tall else matrix
     # in units of the bound: the squares of a Gram matrix leave float32 sooner than its root
-    held = jax.lax.stop_gradient(small) / jnp.where(bound > 0, bound, 1)
+    held, unit = in_unit(jax.lax.stop_gradient(small))
+    size = bound / unit
+    size = jnp.where(size > 0, size, 1)
+    held = held / size
     # so that the certificate, which is 0.5 % above the norm, finds it within the cap
-    target = cap / jnp.where(bound > 0, bound, 1)
+    target = cap / unit / size
     target = target * (1 - 1e-2 * CERTAINTY) / (1 + CERTAINTY / 2)
     gram = matmul(held, held.T)
     keep = jnp.eye(gram.shape[0], dtype=gram.dtype)
@@ -131,7 +143,7 @@ def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.A
         vector = gram_power(gram, start, CLIP_POWER_STEPS)
         image = matmul(gram, vector)
         square = vdot(vector, image)
-        value = jnp.sqrt(jnp.maximum(square, TINY))
+        value = jnp.sqrt(jnp.maximum(square, tiny(square)))
         excess = jnp.maximum(1 - target / value, 0)
         # both sides of the Gram matrix, expanded: no product of matrices
         outer = jnp.outer(vector, image)
@@ -146,7 +158,11 @@ def _clipped(matrix: jax.Array, bound: jax.Array, cap: jax.Array, vectors: jax.A
 
 
 def _smooth_norm(matrix: jax.Array, vector: jax.Array) -> jax.Array:
-    """Spectral norm along a singular vector that counts as constant, as its derivative is."""
+    """Spectral norm, in the unit of the matrix, along a singular vector.
+
+    The unit and the vector count as constant, as the norm's derivative is along it.
+    """
+    inside, _ = in_unit(matrix)
     tall = matrix.shape[0] > matrix.shape[1]
-    image = matmul(matrix, vector) if tall else matmul(vector, matrix)
-    return jnp.maximum(frobenius(image), TINY)
+    image = matmul(inside, vector) if tall else matmul(vector, inside)
+    return jnp.maximum(frobenius(image), tiny(image))

@@ -2,6 +2,7 @@
 
 import abc
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -207,14 +208,78 @@ def positive(value: jax.Array, dtype: Any) -> jax.Array:
 
 def wide(name: str, value: ArrayLike) -> jax.Array:
     """`value` as a floating array of at least float32."""
+    if any(isinstance(leaf, str | bytes) or leaf is None for leaf in _entries(value)):
+        raise TypeError(f"{name} must be real numbers, got {value!r}")
     array = as_float(name, value)
     # by the dtype: a Python number is weakly typed, and would be rounded to float32 under x64
     return array.astype(jnp.promote_types(array.dtype, jnp.float32))
 
 
+@jax.custom_jvp
+def reciprocal(r: jax.Array) -> jax.Array:
+    """1 / r, whose derivatives are products: those of a division square r, which underflows."""
+    return 1 / r
+
+
+@reciprocal.defjvp
+def _reciprocal_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    inverse = reciprocal(primals[0])
+    return inverse, -(inverse * tangents[0]) * inverse
+
+
+def shrinkage(size: jax.Array) -> jax.Array:
+    """1, or a power of two below it where `size` is so large that sums or 1 / size leave the range.
+
+    Compiled code divides by a scalar by way of its reciprocal, and takes numbers below the
+    smallest normal one for 0.
+    """
+    return jnp.where(size > float(np.finfo(size.dtype).max) / 16, 1 / 16, 1).astype(size.dtype)
+
+
+def over(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale for every normal scale, with derivatives that are products, in every order."""
+    # by each entry, because two factors that are constants would be compiled to one again; beside
+    # a scale that large what is below 1 is as good as 0
+    shrunk = jnp.where(jnp.abs(jax.lax.stop_gradient(x)) > 1, shrinkage(scale), 1)
+    shrunk = jax.lax.stop_gradient(shrunk)
+    return (x * shrunk) * reciprocal(scale * shrunk)
+
+
+def over_square(x: jax.Array, scale: jax.Array) -> jax.Array:
+    """x / scale^2, cut at the largest number of the dtype; 0 where x is, whatever the scale.
+
+    Two divisions would be compiled to one by the square, which underflows before the result does.
+    """
+    top = float(np.finfo(x.dtype).max)
+    # an infinity that is cut afterwards would leave NaN in derivatives
+    room = (1 + 8 * float(np.finfo(x.dtype).eps)) / top**0.5
+    beyond = scale < room * jnp.sqrt(jnp.abs(jax.lax.stop_gradient(x)))
+    safe = jnp.where(beyond, 1, scale)
+    shrunk = shrinkage(jax.lax.stop_gradient(safe))
+    inverse = reciprocal(safe * shrunk)
+    return jnp.where(beyond, jnp.sign(x) * top, x * shrunk * inverse * shrunk * inverse)
+
+
 def magnitude(x: jax.Array) -> jax.Array:
     """|x| with derivative sign(x), sign(0) = 0, where that of `jnp.abs` at 0 is 1."""
     return x * jnp.sign(x)
+
+
+def _entries(value: Any) -> list[Any]:
+    return jax.tree.leaves(value, is_leaf=lambda leaf: leaf is None)
+
+
+def read_count(name: str, value: Any) -> int:
+    """A whole number of at least 1."""
+    try:
+        count = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} = {value!r} must be an integer") from error
+    if count < 1:
+        raise ValueError(f"{name} = {count} must be 1 or above")
+    return count
 
 
 def read_weight(weight: ArrayLike | Schedule) -> tuple[jax.Array, Schedule | None]:

@@ -14,7 +14,10 @@ from smallgain_jax.penalties.base import (
     Schedule,
     StrengthPenalty,
     magnitude,
+    over,
+    over_square,
     positive,
+    read_count,
     read_positive,
     read_weight,
     wide,
@@ -77,6 +80,7 @@ class SoftmaxEntropy(StrengthPenalty):
     Log-parameters: strength.
 
     Raises:
+      TypeError: num_atoms that is no integer.
       ValueError: num_atoms below 1, temperature not positive and finite, weight negative or not
         finite; on use, rows that are not of length K, or concrete logits that are not finite
         (traced ones propagate).
@@ -106,12 +110,10 @@ class SoftmaxEntropy(StrengthPenalty):
         weight: ArrayLike | Schedule = 1.0,
         exact_rows: bool = True,
     ) -> None:
-        if num_atoms < 1:
-            raise ValueError(f"num_atoms = {num_atoms} must be 1 or above")
+        self.num_atoms = read_count("num_atoms", num_atoms)
         self.weight, self.schedule = read_weight(weight)
         self.temperature = read_positive("temperature", temperature)
         self.log_parameters = jnp.zeros((1,), self.weight.dtype)
-        self.num_atoms = int(num_atoms)
         self.exact_rows = bool(exact_rows)
 
     def _prepare(self, x: ArrayLike) -> jax.Array:
@@ -132,15 +134,19 @@ class SoftmaxEntropy(StrengthPenalty):
     def _temperature(self, x: jax.Array) -> jax.Array:
         return positive(self.temperature, x.dtype)
 
-    def _scale(self, x: jax.Array) -> jax.Array:
-        return self._strength(x) / self._temperature(x) / self._temperature(x)
+    def _scaled(self, rows: jax.Array) -> jax.Array:
+        """lambda / tau^2 times what depends on the logits over tau only, cut at the largest number.
+
+        One after the other: lambda / tau^2 alone overflows where probabilities make up for it.
+        """
+        return over_square(self._strength(rows) * rows, self._temperature(rows))
 
     def _shifted(self, x: jax.Array) -> jax.Array:
         """Logits over the temperature, shifted to at most 0."""
         largest = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
         # an atom whose probability underflows keeps a finite logarithm, so 0 log 0 is 0
         floor = math.log(float(np.finfo(x.dtype).tiny))
-        return jnp.maximum((x - largest) / self._temperature(x), floor)
+        return jnp.maximum(over(x - largest, self._temperature(x)), floor)
 
     def _value(self, x: jax.Array) -> jax.Array:
         return self._strength(x) * entropy(self._shifted(x))
@@ -152,7 +158,7 @@ class SoftmaxEntropy(StrengthPenalty):
         """Diagonal of the Hessian by the logits, shaped like x; its rows are dense (see `hvp`)."""
         logits = self._prepare(x)
         a, c = self._atoms(logits)
-        return self._scale(logits) * a * (c * (1 - 2 * a) - (1 - a))
+        return self._scaled(a * (c * (1 - 2 * a) - (1 - a)))
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
         a, c = self._atoms(x)
@@ -167,7 +173,7 @@ class SoftmaxEntropy(StrengthPenalty):
             # one atom that has all the weight: no derivative of a root at 0
             others = jnp.where(square > 0, jnp.sqrt(jnp.where(square > 0, square, 1)), 0)
         diagonal = jnp.abs(c * (1 - 2 * a) - (1 - a))
-        return self._scale(x) * a * (diagonal + others)
+        return self._scaled(a * (diagonal + others))
 
     def _distances(self, a: jax.Array, c: jax.Array, t: jax.Array) -> jax.Array:
         """sum_j a_j |t_k - c_j| for each k, as 2 sum_j a_j max(t_k, c_j) - t_k: c has mean 0."""
@@ -241,14 +247,14 @@ class SoftmaxEntropy(StrengthPenalty):
     def _row_hessian(self, row: jax.Array) -> jax.Array:
         a, c = self._atoms(row)
         pairs = jnp.outer(a, a) * (1 - c[:, None] - c[None, :])
-        return self._scale(row) * (jnp.diag(a * (c - 1)) + pairs)
+        return self._scaled(jnp.diag(a * (c - 1)) + pairs)
 
     def _row_majorizer(self, row: jax.Array) -> jax.Array:
         return jnp.diag(jnp.sum(magnitude(self._row_hessian(row)), axis=1))
 
     def _row_fisher(self, row: jax.Array) -> jax.Array:
         a, _ = self._atoms(row)
-        return self._scale(row) * (jnp.diag(a) - jnp.outer(a, a))
+        return self._scaled(jnp.diag(a) - jnp.outer(a, a))
 
     def _by_logit(
         self, fn: Callable[[jax.Array], jax.Array], logits: ArrayLike, atom: ArrayLike

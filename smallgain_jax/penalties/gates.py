@@ -10,7 +10,10 @@ from smallgain_jax.penalties.base import (
     Penalty,
     Schedule,
     bounded_exp,
+    over,
+    over_square,
     positive,
+    read_count,
     read_positive,
     read_weight,
     wide,
@@ -36,6 +39,7 @@ class TopK(Penalty):
     Log-parameters: none.
 
     Raises:
+      TypeError: k that is no integer.
       ValueError: k below 1, weight negative or not finite; on use, k above d.
 
     Source: Makhzani and Frey (2014), k-sparse autoencoders, for the selection; Argyriou, Foygel and
@@ -53,11 +57,9 @@ class TopK(Penalty):
     k: int = eqx.field(static=True)
 
     def __init__(self, k: int, *, weight: ArrayLike | Schedule = 1.0) -> None:
-        if k < 1:
-            raise ValueError(f"k = {k} must be 1 or above")
+        self.k = read_count("k", k)
         self.weight, self.schedule = read_weight(weight)
         self.log_parameters = jnp.zeros((0,), self.weight.dtype)
-        self.k = int(k)
 
     def _prepare(self, x: ArrayLike) -> jax.Array:
         array = super()._prepare(x)
@@ -101,7 +103,7 @@ class JumpReLU(Penalty):
     The last axis of x is the latent axis, of length d. With $g = \sigma((x - \tau)/\epsilon)$ the
     Hessian is diagonal, $w \tau g(1-g)(1-2g)/\epsilon^2$, negative above the threshold. The
     majorizer is $w \tau \max([g(1-g)]^2, g(1-g)|1-2g|)/\epsilon^2$: |Hessian|, and near the
-    threshold, where that vanishes, the reweighted square.
+    threshold, where that vanishes, the reweighted square; cut at the largest number of the dtype.
 
     The bound is one at x only; $w \tau / (6\sqrt3 \epsilon^2)$ bounds every x. A step
     $x - \omega D^{-1} \nabla p$ still descends for every omega > 0 when p stands alone, because p
@@ -169,7 +171,7 @@ class JumpReLU(Penalty):
         tau = self.thresholds.astype(dtype) * bounded_exp(self.log_parameters.astype(dtype))
         tau = jnp.broadcast_to(tau, x.shape)
         eps = positive(self.eps, dtype)
-        return tau, eps, (x - tau) / eps
+        return tau, eps, over(x - tau, eps)
 
     def _value(self, x: jax.Array) -> jax.Array:
         tau, _, u = self._gate(x)
@@ -179,7 +181,7 @@ class JumpReLU(Penalty):
         tau, eps, u = self._gate(x)
         slope = logistic(u) * logistic(-u)
         rows = slope * jnp.maximum(slope, jnp.abs(jnp.tanh(u / 2)))
-        return self._weight(x) * tau * rows / eps / eps
+        return over_square(self._weight(x) * tau * rows, eps)
 
 
 def _kth_largest(size: jax.Array, k: int) -> jax.Array:
@@ -264,6 +266,6 @@ def _jumprelu_jvp(
 ) -> tuple[jax.Array, jax.Array]:
     z, tau, eps = primals
     dz, dtau, _ = tangents
-    u = (z - tau) / eps
-    slope = z * logistic(u) * logistic(-u) / eps
+    u = over(z - tau, eps)
+    slope = over(z * logistic(u) * logistic(-u), eps)
     return _jumprelu(z, tau, eps), logistic(u) * dz + slope * (dz - dtau)

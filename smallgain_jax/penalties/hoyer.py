@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from smallgain_jax.penalties.base import Schedule, StrengthPenalty, read_weight
+from smallgain_jax.penalties.base import (
+    Schedule,
+    StrengthPenalty,
+    over,
+    over_square,
+    read_weight,
+)
 
 
 class Hoyer(StrengthPenalty):
@@ -18,7 +24,8 @@ class Hoyer(StrengthPenalty):
     signs of x, $f = s \cdot u$ and $t = s - f u$ it is
     $-\frac{A}{\|x\|_2^2} (f (I - u u^T) + t u^T + u t^T)$, $A = \lambda/(\sqrt n - 1)$, whose
     extreme eigenvalues lie in the plane of u and t. The majorizer is its spectral norm in each row,
-    $\frac{A}{2 \|x\|_2^2} (f + \sqrt{f^2 + 4 \|t\|^2})$, in O(n).
+    $\frac{A}{2 \|x\|_2^2} (f + \sqrt{f^2 + 4 \|t\|^2})$, in O(n), cut at the largest number of the
+    dtype.
 
     The bound is one at x only: across a sign change p has a kink, which no quadratic bounds.
     `majorized_step` therefore stops an entry that would change its sign at 0. Then it descends
@@ -74,7 +81,7 @@ class Hoyer(StrengthPenalty):
         f = jnp.sum(shape.x * shape.sign) / norm
         t_square = jnp.maximum(jnp.sum(shape.sign**2) - f * f, 0)
         top = (f + jnp.sqrt(f * f + 4 * t_square)) / 2
-        rows = self._factor(x) * top / (norm * shape.scale) / (norm * shape.scale)
+        rows = over_square(self._factor(x) * top, norm * shape.scale)
         return jnp.broadcast_to(jnp.where(shape.is_zero, 0, rows), x.shape)
 
     def _descend(self, x: jax.Array, step: jax.Array) -> jax.Array:
@@ -96,7 +103,7 @@ def _shape(x: jax.Array) -> _Shape:
     is_zero = largest == 0
     scale = jnp.where(is_zero, 1, largest)
     # both branches stay finite at x = 0, or its gradient would be NaN
-    scaled = jnp.where(is_zero, 1, x / scale)
+    scaled = jnp.where(is_zero, 1, over(x, scale))
     # the signs of x, because beside a large entry a small one may have been scaled to 0; and
     # x times its sign has derivative 0 at 0, where that of `jnp.abs` is 1
     return _Shape(scaled, jnp.where(is_zero, 1, jnp.sign(x)), scale, is_zero)

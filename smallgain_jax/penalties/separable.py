@@ -9,27 +9,17 @@ from smallgain_jax.penalties.base import (
     Schedule,
     StrengthPenalty,
     bounded_exp,
+    over,
+    over_square,
     positive,
     read_positive,
     read_weight,
+    reciprocal,
+    shrinkage,
 )
 
 _Pair = tuple[jax.Array, jax.Array]
 _Triple = tuple[jax.Array, jax.Array, jax.Array]
-
-
-@jax.custom_jvp
-def reciprocal(r: jax.Array) -> jax.Array:
-    """1 / r, whose derivatives are products: those of a division square r, which underflows."""
-    return 1 / r
-
-
-@reciprocal.defjvp
-def _reciprocal_jvp(
-    primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    inverse = reciprocal(primals[0])
-    return inverse, -(inverse * tangents[0]) * inverse
 
 
 @jax.custom_jvp
@@ -53,6 +43,14 @@ def _polar_jvp(primals: _Pair, tangents: _Pair) -> tuple[_Triple, _Triple]:
     return (r, cos, sin), (cos * dx + sin * deps, sin * turn, -cos * turn)
 
 
+def polar_in_range(
+    x: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """A power of two s, and `polar` of s x and s eps, whose radius has a normal reciprocal."""
+    shrunk = shrinkage(jax.lax.stop_gradient(jnp.maximum(jnp.abs(x), eps)))
+    return shrunk, *polar(x * shrunk, eps * shrunk)
+
+
 @jax.custom_jvp
 def log_one_plus_square(x: jax.Array, delta: jax.Array) -> jax.Array:
     r"""$\log(1 + x^2/\delta^2)$ for every finite x, where the square alone would overflow."""
@@ -65,8 +63,8 @@ def log_one_plus_square(x: jax.Array, delta: jax.Array) -> jax.Array:
 def _log_one_plus_square_jvp(primals: _Pair, tangents: _Pair) -> _Pair:
     x, delta = primals
     dx, ddelta = tangents
-    r, cos, _ = polar(x, delta)
-    along = dx * reciprocal(r) - cos * ddelta * reciprocal(delta)
+    shrunk, r, cos, _ = polar_in_range(x, delta)
+    along = dx * shrunk * reciprocal(r) - cos * over(ddelta, delta)
     return log_one_plus_square(x, delta), 2 * cos * along
 
 
@@ -124,15 +122,23 @@ class SmoothedL1(StrengthPenalty):
         """eps in use, exp(log_parameters[1]) where it is learnable."""
         return _scale(self.eps, self.log_parameters, self.learn_eps, self.eps)
 
-    def _polar(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return polar(x, _scale(self.eps, self.log_parameters, self.learn_eps, x))
+    def _radius(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A power of two s, and s r."""
+        eps = _scale(self.eps, self.log_parameters, self.learn_eps, x)
+        shrunk, r, *_ = polar_in_range(x, eps)
+        return shrunk, r
 
     def _value(self, x: jax.Array) -> jax.Array:
+        shrunk, r = self._radius(x)
+        factor = bounded_exp(self.log_parameters[0].astype(x.dtype))
         # weighted before they are summed: the sum may overflow where the penalty does not
-        return jnp.sum(self._strength(x) * self._polar(x)[0])
+        sizes = jax.lax.stop_gradient(factor) * self._weight(x) * r * (1 / shrunk)
+        # the derivative by the logarithm of the factor is the value, which may fit where r does not
+        return jnp.sum(sizes * (factor / jax.lax.stop_gradient(factor)))
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
-        return self._strength(x) / self._polar(x)[0]
+        shrunk, r = self._radius(x)
+        return self._strength(x) * shrunk / r
 
 
 class LogSparsity(StrengthPenalty):
@@ -190,8 +196,8 @@ class LogSparsity(StrengthPenalty):
         return self._strength(x) * jnp.sum(log_one_plus_square(x, self._delta(x)))
 
     def _majorizer(self, x: jax.Array) -> jax.Array:
-        r, _, _ = polar(x, self._delta(x))
-        return jnp.minimum(2 * self._strength(x) / r / r, jnp.finfo(x.dtype).max)
+        shrunk, r, *_ = polar_in_range(x, self._delta(x))
+        return over_square(2 * self._strength(x) * shrunk * shrunk, r)
 
     def hessian_diagonal(self, x: ArrayLike) -> jax.Array:
         """Diagonal of the Hessian, shaped like x; cut at the largest number of the dtype."""
@@ -199,10 +205,9 @@ class LogSparsity(StrengthPenalty):
 
     def _hessian(self, x: jax.Array) -> jax.Array:
         # factored: the two terms that autodiff subtracts may both overflow
-        r, cos, sin = polar(x, self._delta(x))
-        top = jnp.finfo(x.dtype).max
+        shrunk, r, cos, sin = polar_in_range(x, self._delta(x))
         bend = 2 * self._strength(x) * (sin - cos) * (sin + cos)
-        return jnp.clip(bend / r / r, -top, top)
+        return over_square(bend * shrunk * shrunk, r)
 
     def _product(self, x: jax.Array, v: jax.Array) -> jax.Array:
         return self._hessian(x) * v

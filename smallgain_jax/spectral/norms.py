@@ -22,22 +22,58 @@ class SpectralBound(NamedTuple):
     vector: jax.Array  # [min(m, n)] unit vector, where the next power iteration may start
 
 
+def in_unit(array: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`array` over a scalar unit, and that unit: magnitudes of at most 8 where they are finite.
+
+    Compiled code divides by a scalar by way of its reciprocal, and takes that for 0 where it is
+    below the smallest normal number: the unit stays below the reciprocal of that.
+    """
+    top = jax.lax.stop_gradient(jnp.max(jnp.abs(array), initial=0.0))
+    most = 0.5 / float(jnp.finfo(array.dtype).tiny)
+    unit = jnp.where((top > 0) & jnp.isfinite(top), jnp.minimum(top, most), 1)
+    return array / unit, unit
+
+
+def _flushed(matrix: jax.Array) -> jax.Array:
+    """A bound of what compiled code leaves out: it takes numbers below the normal ones for 0."""
+    tiny = jnp.finfo(matrix.dtype).tiny
+    integer = np.dtype(f"int{8 * matrix.dtype.itemsize}")
+    # by the bits, because a comparison takes them for 0, too
+    bits = jax.lax.bitcast_convert_type(matrix, integer) & jnp.iinfo(integer).max
+    normal = np.asarray(tiny, matrix.dtype).view(integer)
+    lost = jnp.any((bits > 0) & (bits < normal))
+    return jnp.where(lost, tiny * float(np.sqrt(matrix.size)), 0).astype(matrix.dtype)
+
+
+def _real(matrix: jax.Array) -> jax.Array:
+    """The matrix itself, or the real one of twice its size that has the same norm."""
+    if not jnp.iscomplexobj(matrix):
+        return matrix
+    real, imag = jnp.real(matrix), jnp.imag(matrix)
+    return jnp.block([[real, -imag], [imag, real]])
+
+
 def coarse_bound(matrix: jax.Array) -> jax.Array:
     r"""Upper bound $\min(\|A\|_F, \sqrt{\|A\|_1 \|A\|_\infty})$ of the spectral norm, in O(mn).
 
-    (Golub and Van Loan, *Matrix Computations*, section 2.3.) Inflated for the rounding of its sums.
+    (Golub and Van Loan, *Matrix Computations*, section 2.3.) Inflated for the rounding of its sums;
+    infinite where it exceeds the largest number, not finite where an entry is not.
 
     >>> round(coarse_bound(jnp.eye(4)).item(), 4)
     1.0
     """
-    size = jnp.abs(matrix)
-    top = jnp.max(size, initial=0.0)
-    scale = jnp.where(top > 0, top, 1)
-    size = size / scale
+    matrix = _real(matrix)
+    inside, unit = in_unit(matrix)
+    return _coarse(inside) * unit + _flushed(matrix)
+
+
+def _coarse(inside: jax.Array) -> jax.Array:
+    """`coarse_bound` of a matrix in its unit."""
+    size = jnp.abs(inside)
     frobenius = jnp.sqrt(jnp.sum(size**2))
-    columns, rows = jnp.max(jnp.sum(size, axis=0)), jnp.max(jnp.sum(size, axis=1))
-    bound = jnp.minimum(frobenius, jnp.sqrt(columns * rows))
-    return bound * scale * inflation(matrix)
+    columns = jnp.max(jnp.sum(size, axis=0), initial=0.0)
+    rows = jnp.max(jnp.sum(size, axis=1), initial=0.0)
+    return jnp.minimum(frobenius, jnp.sqrt(columns * rows)) * inflation(inside)
 
 
 def spectral_bound(
@@ -53,31 +89,46 @@ def spectral_bound(
     1.01 lower^2 and 4 ||A||^2 - 3 lower^2: within 0.5 % once the vector has converged.
 
     Args:
-      matrix: A, float [m, n], m and n at least 1.
+      matrix: A, float or complex [m, n]. A complex one counts as the real one of twice its size,
+        [[Re, -Im], [Im, Re]], which has the same norm.
       vector: start of the power iteration, [min(m, n)]; None takes a fixed one.
       power_steps: products with G, static.
 
     Returns:
-      A `SpectralBound`; a zero matrix has bounds 0.
+      A `SpectralBound`; a matrix of zeros, or without entries, has bounds 0. The upper bound is
+      infinite where it exceeds the largest number, and NaN or infinite where an entry of A is not
+      finite. Entries below the smallest normal number, which compiled code takes for 0, count in
+      the upper bound by what they may be at most.
 
     >>> bound = spectral_bound(jnp.diag(jnp.array([3.0, 2.0, 1.0])))
     >>> bool(bound.lower <= 3.0 <= bound.upper <= 3.02)
     True
     """
-    matrix = jax.lax.stop_gradient(matrix)
-    coarse = coarse_bound(matrix)
-    scale = jnp.where(coarse > 0, coarse, 1)
-    unit = matrix / scale
+    matrix = _real(jax.lax.stop_gradient(matrix))
+    size = min(matrix.shape)
+    start = start_vector(size, matrix.dtype) if vector is None else vector
+    if size == 0:
+        nothing = jnp.zeros((), matrix.dtype)
+        return SpectralBound(nothing, nothing, start)
+    inside, unit = in_unit(matrix)
+    coarse = _coarse(inside)
+    inside = inside / jnp.where(coarse > 0, coarse, 1)
     tall = matrix.shape[0] > matrix.shape[1]
-    gram = matmul(unit.T, unit) if tall else matmul(unit, unit.T)
-    size = gram.shape[0]
-    start = start_vector(size, gram.dtype) if vector is None else vector
+    gram = matmul(inside.T, inside) if tall else matmul(inside, inside.T)
 
     vector = gram_power(gram, start, power_steps)
     image = matmul(gram, vector)
     estimate = jnp.minimum(vdot(vector, image) / vdot(vector, vector), 1)
     certain = jnp.minimum(jnp.max(jnp.sum(jnp.abs(gram), axis=1)), jnp.sqrt(jnp.sum(gram**2)))
-    certain = jnp.minimum(certain, 1)
+    square = _proven(gram, estimate, jnp.minimum(certain, 1))
+    largest = jnp.finfo(matrix.dtype).max
+    upper = jnp.minimum(jnp.sqrt(square) * inflation(matrix), 1) * coarse * unit
+    lower = jnp.sqrt(jnp.maximum(estimate, 0)) / inflation(matrix) * coarse * unit
+    return SpectralBound(upper + _flushed(matrix), jnp.minimum(lower, largest), vector)
+
+
+def _proven(gram: jax.Array, estimate: jax.Array, certain: jax.Array) -> jax.Array:
+    """A bound of the largest eigenvalue, above `estimate` and at most `certain`."""
 
     def unproven(carry: tuple[jax.Array, jax.Array]) -> jax.Array:
         delta, proven = carry
@@ -85,20 +136,13 @@ def spectral_bound(
 
     def prove(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         delta = 4 * carry[0]
-        shifted = (1 + delta) * estimate * jnp.eye(size, dtype=gram.dtype) - gram
+        shifted = (1 + delta) * estimate * jnp.eye(gram.shape[0], dtype=gram.dtype) - gram
         factor = jax.lax.linalg.cholesky(shifted, symmetrize_input=False)
         return delta, jnp.all(jnp.isfinite(jnp.diagonal(factor)))
 
     first = (jnp.asarray(CERTAINTY / 4, gram.dtype), jnp.zeros((), bool))
     delta, proven = jax.lax.while_loop(unproven, prove, first)
-    square = jnp.where(proven, jnp.minimum((1 + delta) * estimate, certain), certain)
-    upper = jnp.sqrt(square) * scale * inflation(matrix)
-    positive = coarse > 0
-    return SpectralBound(
-        jnp.where(positive, jnp.minimum(upper, coarse), 0),
-        jnp.where(positive, jnp.sqrt(jnp.maximum(estimate, 0)) * scale / inflation(matrix), 0),
-        vector,
-    )
+    return jnp.where(proven, jnp.minimum((1 + delta) * estimate, certain), certain)
 
 
 def start_vector(size: int, dtype: Any, seed: int = 0) -> jax.Array:
