@@ -84,7 +84,9 @@ def unit_of(*arrays: jax.Array) -> jax.Array:
     """
     tops = [jnp.max(jnp.abs(array), initial=0.0) for array in arrays]
     top = jax.lax.stop_gradient(jnp.max(jnp.stack(tops))) if tops else jnp.zeros(())
-    return jnp.where((top > 0) & jnp.isfinite(top), top, 1)
+    # the reciprocal, by which compiled code may divide, must not underflow
+    unit = jnp.minimum(top, 0.5 / jnp.finfo(top.dtype).tiny)
+    return jnp.where((top > 0) & jnp.isfinite(top), unit, 1)
 
 
 def norm(tree: Any, dtype: Any) -> jax.Array:

@@ -103,6 +103,16 @@ def test_weighted_methods_write_their_margins(files, caplog):
     assert json.loads((files / "o/p/summary.json").read_text())["precision"] == "float32"
 
 
+@pytest.mark.once
+def test_stiff_edges_do_not_pass_for_a_minimum(files):
+    """Far stiffer than what holds the nodes: a tiny step proves nothing there."""
+    (files / "stiff.csv").write_text("source,target,weight\na,b,1e9\nb,c,1e-3\n")
+    (files / "held.csv").write_text("node,a,target\na,1,0\nb,1,0.5\nc,1,0.25\n")
+    assert cli.main(["relax", "stiff.csv", "--nodes", "held.csv", "--out", "stiff"]) == 0
+    state = pl.read_csv(files / "stiff" / "state.csv")
+    np.testing.assert_allclose(state["x"], 0.25, atol=1e-6)
+
+
 def test_flags_override_the_configuration(files):
     (files / "c.toml").write_text('method = "sgd"\nsteps = 7\ntol = 0.0\nout = "here"\n')
     assert run("--config", "c.toml", "--steps", 4, "--learning-rate", 0.05) == 0

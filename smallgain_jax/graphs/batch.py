@@ -204,7 +204,7 @@ def _loop(
         over = it.ended | (it.steps >= limit)
         return select(over, it, iteration.advance(run_of(make(own, start), tol), it))
 
-    def of(member: jax.Array) -> Any:
+    def of(member: jax.Array) -> tuple[Any, jax.Array, jax.Array]:
         return jax.tree.map(lambda leaf: leaf[jnp.minimum(member, size - 1)], (own, starts, tols))
 
     def running(c: _Carry) -> jax.Array:

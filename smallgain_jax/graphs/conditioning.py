@@ -20,10 +20,10 @@ TRUST = 1e-2
 """Part of the box by which a state may be off along a direction that is known to be soft."""
 
 
-def graph_tolerance(graph: EnergyGraph, x: jax.Array) -> jax.Array:
-    """The default tolerance at x, smaller where the graph is known to be soft, a scalar."""
-    usual = jnp.asarray(default_tolerance(x.dtype), x.dtype)
-    return jnp.minimum(usual, (TRUST * softness(graph, x)).astype(x.dtype))
+def graph_tolerance(graph: EnergyGraph, x: jax.Array, usual: float | None = None) -> jax.Array:
+    """The usual tolerance, or less where the graph is known to be soft at x, a scalar."""
+    usual = default_tolerance(x.dtype) if usual is None else usual
+    return jnp.minimum(jnp.asarray(usual, x.dtype), (TRUST * softness(graph, x)).astype(x.dtype))
 
 
 def softness(graph: EnergyGraph, x: jax.Array) -> jax.Array:

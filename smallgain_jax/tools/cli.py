@@ -23,6 +23,7 @@ import optax
 import tyro
 
 from smallgain_jax._checks import check_fraction, check_positive
+from smallgain_jax.graphs.conditioning import graph_tolerance
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 from smallgain_jax.search.stopping import RelaxStatus
@@ -37,6 +38,9 @@ from smallgain_jax.transform import auto_cap, gradnorm, small_gain
 Method: TypeAlias = Literal[
     "default", "sgd", "momentum", "lbfgs", "small_gain", "gradnorm", "auto_cap"
 ]
+
+TOLERANCE = 1e-8
+"""Share of the box's width by which a state may be off, unless told."""
 
 Symmetrize: TypeAlias = Literal["mean", "sum", "max", "none"]
 
@@ -54,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     symmetrize: Symmetrize | None = None
     method: Method = "default"
     steps: int = 200
-    tol: float = 1e-8
+    tol: float | None = None
     lower: float = 0.0
     upper: float = 1.0
     learning_rate: float | None = None
@@ -99,7 +103,8 @@ class Relax(Settings, frozen=True, kw_only=True):
       symmetrize: make one edge of the two entries of a matrix's pair; "none" keeps both as edges.
       method: "default" is majorized descent, the library's best.
       steps: number of updates at most.
-      tol: stop once no coordinate is drawn farther than this share of the box's width.
+      tol: stop once no coordinate is drawn farther than this share of the box's width; 1e-8 unless
+        told, and less where edges are so stiff that this would prove nothing.
       lower: lower bound of every coordinate; -inf for none.
       upper: upper bound of every coordinate; inf for none.
       learning_rate: of sgd, momentum and the methods that wrap sgd; 1 over the certified bound on
@@ -500,7 +505,7 @@ def _stem(path: Path) -> str:
 def _check(command: Relax) -> None:
     if command.steps < 0:
         raise ValueError(f"steps = {command.steps} must not be negative")
-    if not command.tol >= 0:
+    if command.tol is not None and not command.tol >= 0:
         raise ValueError(f"tol = {command.tol} must be at least 0")
     if not command.lower <= command.upper:
         raise ValueError(f"lower = {command.lower} must not exceed upper = {command.upper}")
@@ -573,6 +578,8 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
     rate = command.learning_rate or (1 / bound if bound > 0 else 1.0)
     momentum = 0.9 if command.momentum is None else command.momentum
     optimizer = _OPTIMIZERS[command.method](graph, rate, momentum)
+    usual = float(graph_tolerance(graph, start, TOLERANCE))
+    tol = usual if command.tol is None else command.tol
     began = time.perf_counter()
     result = relax_in_chunks(
         graph,
@@ -580,7 +587,7 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
         optimizer,
         command.steps,
         bounds,
-        tol=command.tol,
+        tol=tol,
         record=telemetry.family_record(graph, command.rows),
         progress=progress_bar(command.steps),
         sinks=_sinks(command),
@@ -598,7 +605,7 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
         "learning_rate": None if command.method in ("default", "lbfgs") else rate,
         "precision": str(result.x.dtype),
         "bounds": bounds,
-        "tol": command.tol,
+        "tol": tol,
         "start_energy": float(result.energy[0]),
         "final_energy": float(result.energy[-1]),
         "steps": int(result.info.steps),
@@ -659,7 +666,7 @@ def _surprises(
             "the edges alone hold every node where it is: a node table (--nodes) says what each "
             "node wants, by a, b and target, and where it starts"
             if not problem.graph.local
-            else _already_there(command)
+            else _already_there(command, facts["tol"])
         )
         notes.append(f"nothing to do, no update was made: {why}")
     if _overflowed(facts) and not _rose(facts):
@@ -684,12 +691,12 @@ def _overflow(facts: dict[str, Any]) -> str:
     )
 
 
-def _already_there(command: Relax) -> str:
+def _already_there(command: Relax, tol: float) -> str:
     width = command.upper - command.lower
     if not math.isfinite(width):
         return "the start is a minimum already"
     return (
-        f"the start is a minimum already, to {command.tol:g} (tol) of the box, which is {width:g} "
+        f"the start is a minimum already, to {tol:g} (tol) of the box, which is {width:g} "
         "wide; a bound that is meant for none is written as inf"
     )
 
