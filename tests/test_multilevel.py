@@ -171,9 +171,8 @@ def test_operator_majorizes_the_hessian(seed):
 def test_couplings_and_rows_agree_with_the_curvature(eps):
     graph = random_graph("uniform", 40, 160, seed=3).graph
     x = jnp.asarray(np.random.default_rng(3).random(40), float)
-    couplings, local, rows = eqx.filter_jit(priced_couplings)(graph, x, Sigmoid(0.05))
+    couplings, local = eqx.filter_jit(priced_couplings)(graph, x, Sigmoid(0.05))
     expected = parts(graph, x)[1]
-    np.testing.assert_allclose(rows, expected, rtol=50 * eps)
     blocks = np.asarray(parts(graph, x)[0])
     mixed = np.maximum(-blocks[:, 0, 1], 0)
     gates = np.asarray(graph.family_index) == 3
@@ -188,7 +187,7 @@ def test_weak_anchors_survive_rounding():
     """Rows of 8 minus couplings of 8 would lose an anchor of 1e-7 in single precision."""
     i, j = grid(5)
     graph = spring_graph(i, j, 25, 5e-8)
-    _, local, _ = eqx.filter_jit(priced_couplings)(graph, jnp.zeros(25), Sigmoid(0.05))
+    _, local = eqx.filter_jit(priced_couplings)(graph, jnp.zeros(25), Sigmoid(0.05))
     np.testing.assert_allclose(local, 1e-7, rtol=1e-5)
 
 

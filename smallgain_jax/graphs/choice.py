@@ -79,7 +79,7 @@ def _residual_left(graph: EnergyGraph, x: jax.Array, activity: Activity) -> floa
     """Norm of the residual, in the metric of the rows, after the trial, against its start's."""
     from scipy.sparse import coo_array
 
-    couplings, local, rows = eqx.filter_jit(priced_couplings)(graph, x, activity)
+    couplings, local = eqx.filter_jit(priced_couplings)(graph, x, activity)
     coupled = [family for family in graph.edges if not isinstance(family, UNCOUPLED)]
     i, j = (
         np.concatenate([np.zeros(0, np.int64), *(np.asarray(end) for end in ends)])
@@ -91,11 +91,11 @@ def _residual_left(graph: EnergyGraph, x: jax.Array, activity: Activity) -> floa
     i, j = ((width * end[:, None] + np.arange(width)).ravel() for end in (i, j))
     c = np.asarray(couplings, np.float64).ravel()
     e = np.maximum(np.asarray(local, np.float64).ravel(), 0)
-    d = np.asarray(rows, np.float64).ravel()
+    total = np.bincount(i, c, n * width) + np.bincount(j, c, n * width)
+    d = e + 2 * total
     scale = 1 / np.sqrt(np.where(d > 0, d, 1))
     off = coo_array((c * scale[i] * scale[j], (i, j)), shape=(n * width, n * width)).tocsr()
     off = off + off.T
-    total = np.bincount(i, c, n * width) + np.bincount(j, c, n * width)
     diagonal = np.where(d > 0, (e + total) * scale**2, 1)
 
     left = np.random.default_rng(0).standard_normal(n * width)

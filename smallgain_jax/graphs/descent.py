@@ -8,7 +8,7 @@ direction, $\alpha = -\langle g, p\rangle / p^\top H p$: two forward passes, no 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -59,6 +59,22 @@ class Metric(Protocol):
         """
 
 
+@runtime_checkable
+class Renewable(Protocol):
+    """A metric whose values are kept from step to step, and renewed where they changed.
+
+    What `renewed` returns is a linear map as `Metric.precondition` gives, with its `values`.
+    """
+
+    def blank(self, x: jax.Array) -> Any:
+        """A pytree of the values' shapes, from which the first are made."""
+
+    def renewed(
+        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Any:
+        """The map for these arguments, made from `values` where those still serve."""
+
+
 @shows()
 class DescentInfo(NamedTuple):
     """What a reader of one step may want to know."""
@@ -86,6 +102,7 @@ class MajorizedDescentState(NamedTuple):
     direction: jax.Array  # [n]
     unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED + 1
     stalled: jax.Array  # [] bool, the next step would stay here as well
+    metric_values: Any  # of a metric that keeps them, such as a hierarchy; else None
     info: DescentInfo
 
 
@@ -135,7 +152,7 @@ def majorized_descent(
     own, own_box = graph, Box(*bounds) if bounds is not None else Box(-jnp.inf, jnp.inf)
 
     def init(params: jax.Array) -> MajorizedDescentState:
-        state = _zero_state(params)
+        state = _zero_state(params, metric)
         if isinstance(params, jax.ShapeDtypeStruct):
             return state
         # compiled: the first rows of a run on the host would otherwise go operation by operation
@@ -177,7 +194,7 @@ def _rows(graph: Objective, x: jax.Array, smoothing: Activity | float | None) ->
     return graph.rows(x, smoothing)
 
 
-def _zero_state(params: Any) -> MajorizedDescentState:
+def _zero_state(params: Any, metric: Metric | None) -> MajorizedDescentState:
     dtype = float_dtype(params)
 
     # every field its own buffer: a donated state may not alias itself
@@ -211,6 +228,7 @@ def _zero_state(params: Any) -> MajorizedDescentState:
         direction=like(),
         unclipped=jnp.full((), SETTLED + 1, jnp.int32),
         stalled=jnp.zeros((), bool),
+        metric_values=metric.blank(like()) if isinstance(metric, Renewable) else None,
         info=info,
     )
 
@@ -220,7 +238,7 @@ def _step(
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
     prices = prices_of(here, free)
-    scaled = _scaled(here, free, prices, metric)
+    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
     direction, restarted = _direction(here, state, free, scaled)
     length = _length(here, free, direction, prices)
     search = searched(here, direction * length, max_backtracks)
@@ -253,20 +271,28 @@ def _step(
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
         stalled=stalled,
+        metric_values=kept,
         info=info,
     )
     return step, new_state
 
 
-def _scaled(here: Here, free: jax.Array, prices: jax.Array, metric: Metric | None) -> jax.Array:
-    """z: the gradient on the free nodes as the metric sees it."""
+def _scaled(
+    here: Here, free: jax.Array, prices: jax.Array, metric: Metric | None, kept: Any
+) -> tuple[jax.Array, Any]:
+    """z, the gradient on the free nodes as the metric sees it, and the metric's values."""
     divided = free / prices
     if metric is None:
-        return divided
-    apply = metric.precondition(here.objective, here.x, prices, ~here.held)
+        return divided, kept
+    where = (here.objective, here.x, prices, ~here.held)
+    if isinstance(metric, Renewable):
+        apply = metric.renewed(kept, *where)
+        kept = apply.values
+    else:
+        apply = metric.precondition(*where)
     scaled = jnp.where(here.held, 0, apply(free))
     # where curvature is negative a metric built from it need not descend
-    return jnp.where(vdot(scaled, free) > 0, scaled, divided)
+    return jnp.where(vdot(scaled, free) > 0, scaled, divided), kept
 
 
 def _direction(
