@@ -340,6 +340,25 @@ def test_values_are_renewed_only_when_they_moved(small_bottom):
     assert renewed(cycle, graph, free.at[3].set(False))[3] == 0
 
 
+@pytest.mark.x64
+def test_descent_renews_what_moved_from_the_blank(small_bottom):
+    """The values in the state, blank at first, are those of the last step's surroundings."""
+    i, j = grid(5)
+    graph = spring_graph(i, j, 25, 0.1)
+    hierarchy = multilevel(graph)
+    x0 = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (25, 2)))
+    blank = sg.majorized_descent(graph, metric=hierarchy).init(x0).metric_values
+    kept = sg.relax(graph, x0, bounds=None, metric=hierarchy).state.metric_values
+    fresh = eqx.filter_jit(hierarchy.precondition)(
+        graph, x0, graph.curvature(x0).row_sums, jnp.ones(x0.shape, bool)
+    )
+    assert jax.tree.structure(blank) == jax.tree.structure(kept)
+    for nothing, one, other in zip(*map(jax.tree.leaves, (blank, kept, fresh.values))):
+        assert not np.any(nothing)
+        assert nothing.shape == other.shape
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+
+
 # --------------------------------------------------------------------------------------- odd graphs
 
 ODD = {
@@ -400,6 +419,64 @@ def test_star_of_many_leaves_is_built_and_packed():
     held = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(hierarchy, eqx.is_array)))
     # two ends, neighbours and edges to them, aggregates, and the rows of what sticks out
     assert held <= 13 * n
+
+
+@pytest.mark.x64
+def test_star_of_many_leaves_is_solved():
+    """By elimination: every leaf hangs on the hub alone."""
+    n, a = 100_001, 1e-3
+    target = np.random.default_rng(0).random(n)
+    graph = sg.EnergyGraph(
+        sg.Landau(a=np.full(n, a), target=target),
+        sg.Quadratic(np.zeros(n - 1, int), np.arange(1, n)),
+    )
+    found = sg.conjugate_gradients(graph, jnp.zeros(n), multilevel(graph), tol=1e-10)
+    kept = 1 / (1 + a)  # share of the hub that a leaf takes on
+    hub = (a * target[0] + a * kept * target[1:].sum()) / (a + (n - 1) * a * kept)
+    leaves = kept * (hub + a * target[1:])
+    assert bool(found.converged)
+    np.testing.assert_allclose(found.x, np.r_[hub, leaves], atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def islands():
+    """A chain with edges twice and both ways, a star, lone nodes, and edges without weight."""
+    chain, star, _, loose = np.split(np.arange(400), [150, 300, 330])
+    i = np.r_[chain[:-1], chain[:-1], chain[1:], np.full(149, star[0]), loose[:-1]]
+    j = np.r_[chain[1:], chain[1:], chain[:-1], star[1:], loose[1:]]
+    weight = np.where(i < loose[0], 1.0, 0.0)
+    island = np.repeat([0, 1, 2, 3], [150, 150, 30, 70])
+    return i, j, weight, island
+
+
+@pytest.mark.x64
+def test_islands_are_relaxed_inside_a_box(islands):
+    """Targets inside the box: the solution of the linear system is, too."""
+    i, j, weight, _ = islands
+    target = np.random.default_rng(0).random(400)
+    x = relaxed_islands(islands, np.full(400, 0.01), target)
+    matrix = np.diag(np.full(400, 0.01))
+    for at, value in [((i, i), 1), ((j, j), 1), ((i, j), -1), ((j, i), -1)]:
+        np.add.at(matrix, at, value * weight)
+    np.testing.assert_allclose(x, np.linalg.solve(matrix, 0.01 * target), atol=1e-8)
+
+
+@pytest.mark.x64
+def test_islands_end_at_their_bounds(islands):
+    """Every node is pushed beyond the box, each island to one side: nothing is left free."""
+    up = islands[-1] % 2 == 0
+    x = relaxed_islands(islands, np.ones(400), np.where(up, 5.0, -4.0))
+    assert np.array_equal(x, up)
+
+
+def relaxed_islands(islands, a, target):
+    i, j, weight, _ = islands
+    graph = sg.EnergyGraph(sg.Landau(a=a, target=target), sg.Quadratic(i, j, weight))
+    x0 = jnp.full(400, 0.5)
+    found = sg.relax(graph, x0, metric=multilevel(graph), tol=1e-10)
+    assert bool(found.info.converged)
+    assert np.all(np.diff(found.energy) <= 1e-12)
+    return np.asarray(found.x)
 
 
 @pytest.mark.once
