@@ -32,11 +32,17 @@ MEMORY = 0.9
 """Share of the last step's rows below which rows do not fall: across a kink they would jump."""
 
 SETTLED = 3
-"""So many steps in a row inside the box after one that it clipped, and the direction restarts.
+"""So many steps in a row inside the box after one that it clipped, and conjugacy is looked at.
 
-A direction conjugate to one that was not followed spoils all that come after it: without a restart
-conjugate gradients converge no faster than steepest descent (Crowder and Wolfe 1972). To restart at
-every clipped step would be too often where nodes still go to their bounds.
+Before, nodes still go to their bounds: to restart at every clipped step would be too often.
+"""
+
+OVERLAP = 0.2
+"""Share of a gradient, in the metric, that may lie along the one before (Powell 1977).
+
+They are orthogonal where directions are conjugate. A direction conjugate to one that was not
+followed spoils all that come after it: without a restart conjugate gradients converge no faster
+than steepest descent (Crowder and Wolfe 1972).
 """
 
 SUFFICIENT_ANGLE = 0.1
@@ -100,7 +106,7 @@ class MajorizedDescentState(NamedTuple):
     descent_gradient: jax.Array  # [n] gradient on the free nodes, one step ago
     scaled_norm: jax.Array  # [] <g, z> one step ago; 0 asks for a restart
     direction: jax.Array  # [n]
-    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED + 1
+    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED
     stalled: jax.Array  # [] bool, the next step would stay here as well
     metric_values: Any  # of a metric that keeps them, such as a hierarchy; else None
     info: DescentInfo
@@ -226,7 +232,7 @@ def _zero_state(params: Any, metric: Metric | None) -> MajorizedDescentState:
         descent_gradient=like(),
         scaled_norm=scalar(),
         direction=like(),
-        unclipped=jnp.full((), SETTLED + 1, jnp.int32),
+        unclipped=jnp.full((), SETTLED, jnp.int32),
         stalled=jnp.zeros((), bool),
         metric_values=metric.blank(like()) if isinstance(metric, Renewable) else None,
         info=info,
@@ -269,7 +275,7 @@ def _step(
         descent_gradient=free,
         scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
         direction=direction,
-        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
+        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
         stalled=stalled,
         metric_values=kept,
         info=info,
@@ -300,8 +306,9 @@ def _direction(
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
     steepest = vdot(scaled, gradient)
-    known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
     change = vdot(scaled, gradient - state.descent_gradient)
+    spoiled = jnp.abs(steepest - change) > OVERLAP * steepest
+    known = (state.scaled_norm > 0) & ~(spoiled & (state.unclipped >= SETTLED))
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled
     direction = jnp.where(here.box.blocks(here.x, direction), 0, direction)
