@@ -3,7 +3,7 @@
 Steps, processor seconds and wall seconds until the projected gradient is 1e-6 of its start, in
 double precision, in one process. Setup is counted (`setup_s`), compiling is not. Quadratic
 problems: `conjugate_gradients` with rows and with the hierarchy, SciPy's CG with Jacobi, pyamg.
-Others: nonlinear conjugate directions with rows and with the hierarchy, and L-BFGS-B.
+Others: `relax` with rows and with the hierarchy, and L-BFGS-B.
 """
 
 import argparse
@@ -43,6 +43,8 @@ PROBLEMS: dict[str, Callable[[], hard.Problem]] = {
     "grid_128": partial(hard.grid, 128, 1e-6),
     "grid_512": partial(hard.grid, 512, 1e-6),
     "grid_1024": partial(hard.grid, 1024, 1e-6),
+    "chain_1e-6": partial(hard.chain, a=1e-6),
+    "obstacle_1000": partial(hard.obstacle, 1000),
     "missing_pixels_free": lambda: hard.missing_pixels()._replace(bounds=None),
     "large_hole_free": lambda: hard.large_hole()._replace(bounds=None),
 }
@@ -53,6 +55,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run at all?")
     parser.add_argument("--out", type=Path, default=Path("bench/hard.json"))
     parser.add_argument("--problems", nargs="*", choices=sorted(PROBLEMS))
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=[])
     parser.add_argument("--skip", nargs="*", default=[], help="methods to leave out")
     arguments = parser.parse_args()
     chosen = SMOKE if arguments.smoke else PROBLEMS
@@ -61,7 +64,7 @@ def main() -> None:
         for name in arguments.problems or chosen:
             problem = chosen[name]()
             for method, run in (QUADRATIC if problem.quadratic else GENERAL).items():
-                if method in arguments.skip:
+                if method in arguments.skip or method not in (arguments.methods or METHODS):
                     continue
                 row = {"problem": problem.name, "method": method, **run(problem)}
                 report["rows"].append(row)
@@ -162,102 +165,42 @@ def counted(matrix: Any, gradient: np.ndarray, precondition: Any) -> dict[str, A
     return {"steps": steps, "converged": converged, "processor_s": seconds}
 
 
-def nonlinear(problem: hard.Problem, *, hierarchy: bool) -> dict[str, Any]:
-    """Conjugate directions in a box, in the metric of the rows or of the hierarchy."""
-    metric, setup = hierarchy_of(problem) if hierarchy else (None, {"setup_s": 0.0})
-    box = Box(*(problem.bounds or (-np.inf, np.inf)))
-    found, times = measured(partial(directions, problem.graph, problem.x0, metric, box))
-    steps, ratio, energy, evaluations = found
-    return (
-        {
-            "steps": int(steps),
-            "converged": bool(ratio <= TOLERANCE),
-            "gradient": float(ratio),
-            "energy": float(energy),
-            "evaluations": int(evaluations),
-        }
-        | times
-        | setup
-    )
+def relaxed(problem: hard.Problem, *, hierarchy: bool) -> dict[str, Any]:
+    """`relax` as it is, with rows or with the hierarchy: its steps until the gradient is small.
 
-
-@jax.jit
-def directions(
-    graph: sg.EnergyGraph, x0: jax.Array, metric: sg.Hierarchy | None, box: Box
-) -> tuple[jax.Array, ...]:
-    """Polak-Ribiere with a metric renewed where it changed, and backtracking on the energy.
-
-    What `relax` does, without its bookkeeping: the steps that a metric takes, not their price.
+    `relax` itself ends by its own measure, so the gradients are recorded, and the run that is timed
+    is one of just as many steps.
     """
+    metric, setup = hierarchy_of(problem) if hierarchy else ("rows", {"setup_s": 0.0})
+    run = partial(
+        sg.relax, problem.graph, problem.x0, bounds=problem.bounds, tol=0.0, metric=metric
+    )
+    found = run(steps=MOST, record=looked)
+    gradient, backtracks, held = map(np.asarray, found.info.history)
+    ratio = gradient / gradient[0]
+    steps, converged = first(ratio <= TOLERANCE)
+    outcome = {
+        "steps": steps,
+        "converged": converged,
+        "steps_to_1e-8": first(ratio <= 1e-2 * TOLERANCE)[0],
+        "gradient": float(ratio[steps]) if converged else float(ratio.min()),
+        "backtracks": int(backtracks[:steps].sum()),
+        "held": float(held[min(steps, MOST - 1)]),
+        "status": sg.RelaxStatus(int(found.info.status)).name,
+    }
+    return outcome | measured(partial(run, steps=steps))[1] | setup
 
-    def held(x: jax.Array, g: jax.Array) -> jax.Array:
-        return box.blocks(x, -g)
 
-    def rows(x: jax.Array) -> jax.Array:
-        return graph.curvature(x, smoothing=0.05).row_sums
+def looked(state: Any) -> tuple[jax.Array, ...]:
+    """Of the state before a step: gradient on the free nodes; trials of it, and who was held."""
+    free = state.descent_gradient
+    return jnp.max(jnp.abs(free)), state.info.last_step_backtracks, jnp.mean(free == 0)
 
-    def projected(x: jax.Array, g: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(jnp.where(held(x, g), 0, g)))
 
-    value, g = graph.value_and_gradient(x0)
-    first = projected(x0, g)
-    cycle = None if metric is None else metric.precondition(graph, x0, rows(x0), ~held(x0, g))
-
-    def searching(c: Any) -> jax.Array:
-        return (c["k"] < MOST) & (projected(c["x"], c["g"]) > TOLERANCE * first) & ~c["stuck"]
-
-    def step(c: Any) -> Any:
-        x, g = c["x"], c["g"]
-        free = ~held(x, g)
-        r = jnp.where(free, g, 0)
-        bends = rows(x)
-        cycle = None
-        if metric is not None:
-            cycle = c["cycle"].renewed(graph, x, bends, free)
-            z = cycle(r)
-        else:
-            z = r / jnp.where(bends > 0, bends, 1)
-        beta = jnp.maximum(jnp.vdot(z, r - c["r"]) / c["slope"], 0)
-        move = jnp.where(free, beta * c["move"] - z, 0)
-        slope = jnp.vdot(z, r)
-        restart = jnp.vdot(move, r) > -0.1 * slope
-        move = jnp.where(restart, -z, move)
-
-        def along(at: jax.Array) -> jax.Array:
-            return jax.jvp(graph.energy, (at,), (move,))[1]
-
-        bent = jax.jvp(along, (x,), (move,))[1]
-        majorized = jnp.vdot(bends * move, move)
-        bent = jnp.where(bent > 1e-12 * majorized, bent, majorized)
-        length = -jnp.vdot(r, move) / bent
-        # near the end energies differ by rounding only: then the projected gradient decides
-        slack = 4 * jnp.finfo(x.dtype).eps * jnp.abs(c["value"])
-
-        def wrong(t: Any) -> jax.Array:
-            _, value, gained, _, tries = t
-            return (value > c["value"] + 1e-4 * gained + slack) & (tries < 40)
-
-        def shorter(t: Any) -> Any:
-            size, *_, tries = t
-            size = size / 2
-            new = box.project(x + size * move)
-            value, new_g = graph.value_and_gradient(new)
-            return size, value, jnp.vdot(g, new - x), (new, new_g), tries + 1
-
-        start = shorter((2 * length, c["value"], length, (x, g), 0))
-        _, value, _, (new, new_g), tries = jax.lax.while_loop(wrong, shorter, start)
-        return dict(
-            x=new, g=new_g, value=value, r=r, slope=slope, move=move, cycle=cycle,
-            k=c["k"] + 1, stuck=tries >= 40, evaluations=c["evaluations"] + tries,
-        )  # fmt: skip
-
-    zero = jnp.zeros_like(x0)
-    start = dict(
-        x=x0, g=g, value=value, r=zero, slope=jnp.ones_like(value), move=zero, cycle=cycle,
-        k=jnp.zeros((), jnp.int32), stuck=jnp.zeros((), bool), evaluations=jnp.ones((), jnp.int32),
-    )  # fmt: skip
-    end = jax.lax.while_loop(searching, step, start)
-    return end["k"], projected(end["x"], end["g"]) / first, end["value"], end["evaluations"]
+def first(reached: np.ndarray) -> tuple[int, bool]:
+    """The first step at which it holds, and whether there is one; else all of them."""
+    at = np.flatnonzero(reached)
+    return (int(at[0]), True) if at.size else (reached.size, False)
 
 
 def lbfgsb(problem: hard.Problem) -> dict[str, Any]:
@@ -308,13 +251,16 @@ QUADRATIC: dict[str, Callable[[hard.Problem], dict[str, Any]]] = {
     "SciPy CG, Jacobi": scipy_jacobi,
     "pyamg SA + CG": pyamg_solver,
     "pyamg Ruge-Stuben + CG": partial(pyamg_solver, classical=True),
+    "SciPy L-BFGS-B": lbfgsb,
 }
 GENERAL: dict[str, Callable[[hard.Problem], dict[str, Any]]] = {
     "auto": automatic,
-    "directions, rows": partial(nonlinear, hierarchy=False),
-    "directions, hierarchy": partial(nonlinear, hierarchy=True),
-    "L-BFGS-B": lbfgsb,
+    "relax, rows": partial(relaxed, hierarchy=False),
+    "relax, hierarchy": partial(relaxed, hierarchy=True),
+    "SciPy L-BFGS-B": lbfgsb,
 }
+
+METHODS = sorted({*QUADRATIC, *GENERAL})
 
 if __name__ == "__main__":
     main()

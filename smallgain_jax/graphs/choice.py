@@ -14,7 +14,7 @@ from smallgain_jax.graphs.multilevel import UNCOUPLED, Hierarchy, multilevel, pr
 from smallgain_jax.spectral.rows import Activity
 
 TRIAL_STEPS = 24
-"""Steps of conjugate gradients in the metric of the rows that the choice looks at.
+"""Most steps of conjugate gradients in the metric of the rows that the choice looks at.
 
 With a hierarchy a relaxation takes about as many in all, each two to four times as long.
 """
@@ -62,24 +62,25 @@ def choose_metric(
     if not is_concrete((graph, x0)):
         return MetricChoice(None, "rows: the graph is traced, and a hierarchy is built on the host")
     x = jnp.zeros(graph.num_nodes, float) if x0 is None else as_float("x0", x0)
-    left = _residual_left(graph, x, _as_activity(smoothing))
+    left, steps = _trial(graph, x, _as_activity(smoothing))
     if left <= TRIAL_DROP:
-        return MetricChoice(
-            None, f"rows: {TRIAL_STEPS} steps of conjugate gradients leave {left:.0e}"
-        )
+        return MetricChoice(None, f"rows: {steps} steps of conjugate gradients leave {left:.0e}")
     hierarchy = multilevel(graph, x, smoothing=smoothing)
     return MetricChoice(
         hierarchy,
         f"hierarchy of {' + '.join(map(str, hierarchy.sizes))} nodes: "
-        f"with rows, {TRIAL_STEPS} steps of conjugate gradients leave {left:.0e}",
+        f"with rows, {steps} steps of conjugate gradients leave {left:.0e}",
     )
 
 
-def _residual_left(graph: EnergyGraph, x: jax.Array, activity: Activity) -> float:
-    """Norm of the residual, in the metric of the rows, after the trial, against its start's."""
+def _trial(graph: EnergyGraph, x: jax.Array, activity: Activity) -> tuple[float, int]:
+    """Norm of the residual, in the metric of the rows, against its start's; after how many steps.
+
+    No more of them than it takes to bring it below `TRIAL_DROP`.
+    """
     from scipy.sparse import coo_array
 
-    couplings, local, rows = eqx.filter_jit(priced_couplings)(graph, x, activity)
+    couplings, local = eqx.filter_jit(priced_couplings)(graph, x, activity)
     coupled = [family for family in graph.edges if not isinstance(family, UNCOUPLED)]
     i, j = (
         np.concatenate([np.zeros(0, np.int64), *(np.asarray(end) for end in ends)])
@@ -91,25 +92,27 @@ def _residual_left(graph: EnergyGraph, x: jax.Array, activity: Activity) -> floa
     i, j = ((width * end[:, None] + np.arange(width)).ravel() for end in (i, j))
     c = np.asarray(couplings, np.float64).ravel()
     e = np.maximum(np.asarray(local, np.float64).ravel(), 0)
-    d = np.asarray(rows, np.float64).ravel()
+    total = np.bincount(i, c, n * width) + np.bincount(j, c, n * width)
+    d = e + 2 * total
     scale = 1 / np.sqrt(np.where(d > 0, d, 1))
     off = coo_array((c * scale[i] * scale[j], (i, j)), shape=(n * width, n * width)).tocsr()
     off = off + off.T
-    total = np.bincount(i, c, n * width) + np.bincount(j, c, n * width)
     diagonal = np.where(d > 0, (e + total) * scale**2, 1)
 
     left = np.random.default_rng(0).standard_normal(n * width)
     start = slope = float(left @ left)
     move = left.copy()
-    for _ in range(TRIAL_STEPS):
+    steps = 0
+    while steps < TRIAL_STEPS and slope > TRIAL_DROP**2 * start:
         bent = diagonal * move - off @ move
         curvature = float(move @ bent)
-        if not curvature > 0 or slope <= 1e-24 * start:
+        if not curvature > 0:
             break
+        steps += 1
         left = left - slope / curvature * bent
         slope, before = float(left @ left), slope
         move = left + slope / before * move
-    return float(np.sqrt(slope / start)) if start else 0.0
+    return (float(np.sqrt(slope / start)) if start else 0.0), steps
 
 
 __all__ = ["MetricChoice", "choose_metric"]

@@ -8,7 +8,7 @@ direction, $\alpha = -\langle g, p\rangle / p^\top H p$: two forward passes, no 
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax
@@ -32,11 +32,17 @@ MEMORY = 0.9
 """Share of the last step's rows below which rows do not fall: across a kink they would jump."""
 
 SETTLED = 3
-"""So many steps in a row inside the box after one that it clipped, and the direction restarts.
+"""So many steps in a row inside the box after one that it clipped, and conjugacy is looked at.
 
-A direction conjugate to one that was not followed spoils all that come after it: without a restart
-conjugate gradients converge no faster than steepest descent (Crowder and Wolfe 1972). To restart at
-every clipped step would be too often where nodes still go to their bounds.
+Before, nodes still go to their bounds: to restart at every clipped step would be too often.
+"""
+
+OVERLAP = 0.2
+"""Share of a gradient, in the metric, that may lie along the one before (Powell 1977).
+
+They are orthogonal where directions are conjugate. A direction conjugate to one that was not
+followed spoils all that come after it: without a restart conjugate gradients converge no faster
+than steepest descent (Crowder and Wolfe 1972).
 """
 
 SUFFICIENT_ANGLE = 0.1
@@ -57,6 +63,22 @@ class Metric(Protocol):
           rows: positive diagonal D that prices each coordinate, shaped like x.
           free: bool like x, False on coordinates held at a bound; g is 0 there, z is ignored.
         """
+
+
+@runtime_checkable
+class Renewable(Protocol):
+    """A metric whose values are kept from step to step, and renewed where they changed.
+
+    What `renewed` returns is a linear map as `Metric.precondition` gives, with its `values`.
+    """
+
+    def blank(self, x: jax.Array) -> Any:
+        """A pytree of the values' shapes, from which the first are made."""
+
+    def renewed(
+        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Any:
+        """The map for these arguments, made from `values` where those still serve."""
 
 
 @shows()
@@ -84,8 +106,9 @@ class MajorizedDescentState(NamedTuple):
     descent_gradient: jax.Array  # [n] gradient on the free nodes, one step ago
     scaled_norm: jax.Array  # [] <g, z> one step ago; 0 asks for a restart
     direction: jax.Array  # [n]
-    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED + 1
+    unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED
     stalled: jax.Array  # [] bool, the next step would stay here as well
+    metric_values: Any  # of a metric that keeps them, such as a hierarchy; else None
     info: DescentInfo
 
 
@@ -135,7 +158,7 @@ def majorized_descent(
     own, own_box = graph, Box(*bounds) if bounds is not None else Box(-jnp.inf, jnp.inf)
 
     def init(params: jax.Array) -> MajorizedDescentState:
-        state = _zero_state(params)
+        state = _zero_state(params, metric)
         if isinstance(params, jax.ShapeDtypeStruct):
             return state
         # compiled: the first rows of a run on the host would otherwise go operation by operation
@@ -177,7 +200,7 @@ def _rows(graph: Objective, x: jax.Array, smoothing: Activity | float | None) ->
     return graph.rows(x, smoothing)
 
 
-def _zero_state(params: Any) -> MajorizedDescentState:
+def _zero_state(params: Any, metric: Metric | None) -> MajorizedDescentState:
     dtype = float_dtype(params)
 
     # every field its own buffer: a donated state may not alias itself
@@ -209,8 +232,9 @@ def _zero_state(params: Any) -> MajorizedDescentState:
         descent_gradient=like(),
         scaled_norm=scalar(),
         direction=like(),
-        unclipped=jnp.full((), SETTLED + 1, jnp.int32),
+        unclipped=jnp.full((), SETTLED, jnp.int32),
         stalled=jnp.zeros((), bool),
+        metric_values=metric.blank(like()) if isinstance(metric, Renewable) else None,
         info=info,
     )
 
@@ -220,7 +244,7 @@ def _step(
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
     prices = prices_of(here, free)
-    scaled = _scaled(here, free, prices, metric)
+    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
     direction, restarted = _direction(here, state, free, scaled)
     length = _length(here, free, direction, prices)
     search = searched(here, direction * length, max_backtracks)
@@ -251,22 +275,30 @@ def _step(
         descent_gradient=free,
         scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
         direction=direction,
-        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED + 1)),
+        unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
         stalled=stalled,
+        metric_values=kept,
         info=info,
     )
     return step, new_state
 
 
-def _scaled(here: Here, free: jax.Array, prices: jax.Array, metric: Metric | None) -> jax.Array:
-    """z: the gradient on the free nodes as the metric sees it."""
+def _scaled(
+    here: Here, free: jax.Array, prices: jax.Array, metric: Metric | None, kept: Any
+) -> tuple[jax.Array, Any]:
+    """z, the gradient on the free nodes as the metric sees it, and the metric's values."""
     divided = free / prices
     if metric is None:
-        return divided
-    apply = metric.precondition(here.objective, here.x, prices, ~here.held)
+        return divided, kept
+    where = (here.objective, here.x, prices, ~here.held)
+    if isinstance(metric, Renewable):
+        apply = metric.renewed(kept, *where)
+        kept = apply.values
+    else:
+        apply = metric.precondition(*where)
     scaled = jnp.where(here.held, 0, apply(free))
     # where curvature is negative a metric built from it need not descend
-    return jnp.where(vdot(scaled, free) > 0, scaled, divided)
+    return jnp.where(vdot(scaled, free) > 0, scaled, divided), kept
 
 
 def _direction(
@@ -274,8 +306,9 @@ def _direction(
 ) -> tuple[jax.Array, jax.Array]:
     """Polak-Ribiere direction, and whether it had to restart."""
     steepest = vdot(scaled, gradient)
-    known = (state.scaled_norm > 0) & (state.unclipped != SETTLED)
     change = vdot(scaled, gradient - state.descent_gradient)
+    spoiled = jnp.abs(steepest - change) > OVERLAP * steepest
+    known = (state.scaled_norm > 0) & ~(spoiled & (state.unclipped >= SETTLED))
     beta = jnp.where(known, change / jnp.where(known, state.scaled_norm, 1), 0)
     direction = jnp.maximum(beta, 0) * state.direction - scaled
     direction = jnp.where(here.box.blocks(here.x, direction), 0, direction)

@@ -20,7 +20,7 @@ of $B_c M_c$ gives $0 < B M \le 1 + \varepsilon$; `VISIT` says for which spectra
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -39,7 +39,12 @@ from smallgain_jax.graphs.aggregation import (
     packed_rows,
     simple_graph,
 )
-from smallgain_jax.graphs.families import DampedGateBenefit, EdgeFamily, GateBenefit
+from smallgain_jax.graphs.families import (
+    DampedGateBenefit,
+    EdgeFamily,
+    GateBenefit,
+    Quadratic,
+)
 from smallgain_jax.graphs.graph import EnergyGraph, _as_activity
 from smallgain_jax.spectral.rows import Activity
 
@@ -104,6 +109,19 @@ class Operator(NamedTuple):
     inverse_rows: jax.Array  # [n] 1 / (diagonal + couplings); 0 on held nodes
 
 
+class Values(NamedTuple):
+    """M on every level of a hierarchy, and what it was made from.
+
+    Of vector nodes [n, d] the parts of `operators` and `factor` have d as a leading axis.
+    """
+
+    operators: tuple[Operator, ...]
+    factor: jax.Array  # [m, m] F with F^T F = M^{-1} at the bottom
+    coupling: jax.Array  # [E] or [E, d], of each edge of the finest level
+    local: jax.Array  # like x, what the rows hold beyond the couplings
+    free: jax.Array  # bool like x
+
+
 class Hierarchy(eqx.Module):
     """Aggregates of a graph, from the finest level to the coarsest, as `multilevel` builds them.
 
@@ -137,29 +155,86 @@ class Hierarchy(eqx.Module):
         Returns:
           A `Cycle`: call it with g [n] or [n, d].
         """
+        self._check(x)
+        coupling, local = self._values(graph, x, rows)
+        return Cycle(self, self._built(coupling, local, free))
+
+    def renewed(
+        self,
+        values: Values,
+        graph: EnergyGraph,
+        x: jax.Array,
+        rows: jax.Array,
+        free: jax.Array,
+        *,
+        tolerance: float = 0.1,
+    ) -> "Cycle":
+        """`precondition` where it has become another; `values` where all of them are still near.
+
+        Looking costs a pass over the edges, renewing several. (Under `vmap` both are paid.)
+
+        Args:
+          values: of an earlier cycle, or `blank`.
+          graph, x, rows, free: as for `precondition`.
+          tolerance: relative change of a coupling, or of local curvature, up to which the old
+            values serve. Free nodes must be the same.
+        """
+        self._check(x)
+        coupling, local = self._values(graph, x, rows)
+        moved = jnp.abs(coupling - values.coupling) > tolerance * jnp.maximum(
+            coupling, values.coupling
+        )
+        grown = jnp.abs(local - values.local) > tolerance * jnp.maximum(local, values.local)
+        changed = jnp.any(moved) | jnp.any(grown) | jnp.any(free != values.free)
+        new = jax.lax.cond(changed, lambda: self._built(coupling, local, free), lambda: values)
+        return Cycle(self, new)
+
+    def blank(self, x: jax.Array) -> Values:
+        """Values for states like x [n] or [n, d] from which `renewed` makes the first."""
+        self._check(x)
+        lead = x.shape[1:]
+
+        def zeros(*shape: int) -> jax.Array:
+            return jnp.zeros((*lead, *shape), x.dtype)
+
+        def operator(level: Level) -> Operator:
+            n, tail = level.num_nodes, level.neighbor.tail.shape[0]
+            near = tuple(zeros(n) for _ in level.neighbor.columns)
+            return Operator(near, zeros(tail), zeros(n), zeros(n))
+
+        operators = tuple(map(operator, self.levels))
+        edges, bottom = self.levels[0].i.shape[0], self.levels[-1].num_nodes
+        coupling = jnp.zeros((edges, *lead), x.dtype)
+        nothing_free = jnp.zeros(x.shape, bool)
+        return Values(
+            operators, zeros(bottom, bottom), coupling, jnp.zeros(x.shape, x.dtype), nothing_free
+        )
+
+    def _check(self, x: Any) -> None:
         if x.shape[0] != self.sizes[0]:
             raise ValueError(
                 f"metric: the hierarchy is of {self.sizes[0]} nodes, the graph has {x.shape[0]}"
             )
-        coupling, local = self._values(graph, x, rows)
-        return self._cycle(coupling, local, free)
 
     def _values(
         self, graph: EnergyGraph, x: jax.Array, rows: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """Coupling of each edge, [E] or [E, d], and what rows hold beyond them, shaped like x."""
-        terms, local, own = priced_couplings(graph, x, self.activity)
+        terms, local = priced_couplings(graph, x, self.activity)
         finest = self.levels[0]
         coupling = jnp.zeros((finest.i.shape[0], *x.shape[1:]), terms.dtype)
         coupling = coupling.at[self.term].add(terms, mode="promise_in_bounds")
+        sums = partial(_coupling_sums, finest)
+        total = sums(coupling) if x.ndim == 1 else jax.vmap(sums, -1, -1)(coupling)
+        own = local + 2 * total
         # two sums of one row, in different order, may differ by rounding
         resolution = jnp.finfo(own.dtype).eps * 2 * (2 + self.term.size / max(1, own.shape[0]))
         beyond = jnp.where(rows > own * (1 + resolution), rows - own, 0)
         return coupling, jnp.maximum(local, 0) + beyond
 
-    def _cycle(self, coupling: jax.Array, local: jax.Array, free: jax.Array) -> "Cycle":
+    def _built(self, coupling: jax.Array, local: jax.Array, free: jax.Array) -> Values:
         levels = self._levels if local.ndim == 1 else jax.vmap(self._levels, in_axes=-1)
-        return Cycle(self, *levels(coupling, local, free), coupling, local, free)
+        return Values(*levels(coupling, local, free), coupling, local, free)
 
     def _levels(
         self, coupling: jax.Array, local: jax.Array, free: jax.Array
@@ -184,26 +259,23 @@ class Cycle(eqx.Module):
     """
 
     hierarchy: Hierarchy
-    operators: tuple[Operator, ...]
-    factor: jax.Array
-    coupling: jax.Array
-    local: jax.Array
-    free: jax.Array
+    values: Values
 
     def __call__(self, gradient: jax.Array) -> jax.Array:
-        gradient = jnp.where(self.free, gradient, 0)
+        values = self.values
+        gradient = jnp.where(values.free, gradient, 0)
         if gradient.ndim == 1:
-            return self._solve(0, self.operators, self.factor, gradient)
+            return self._solve(0, values.operators, values.factor, gradient)
         solve = jax.vmap(partial(self._solve, 0), in_axes=(0, 0, 1), out_axes=1)
-        return solve(self.operators, self.factor, gradient)
+        return solve(values.operators, values.factor, gradient)
 
     def product(self, v: jax.Array) -> jax.Array:
         """M v on the free nodes, shaped like v; the Hessian's product where M is the Hessian."""
-        v = jnp.where(self.free, v, 0)
+        finest, operator = self.hierarchy.levels[0], self.values.operators[0]
+        v = jnp.where(self.values.free, v, 0)
         if v.ndim == 1:
-            return _apply(self.hierarchy.levels[0], self.operators[0], _written(v))
-        apply = jax.vmap(partial(_apply, self.hierarchy.levels[0]), in_axes=(0, 1), out_axes=1)
-        return apply(self.operators[0], v)
+            return _apply(finest, operator, _written(v))
+        return jax.vmap(partial(_apply, finest), in_axes=(0, 1), out_axes=1)(operator, v)
 
     def renewed(
         self,
@@ -214,22 +286,8 @@ class Cycle(eqx.Module):
         *,
         tolerance: float = 0.1,
     ) -> "Cycle":
-        """`precondition` where it has become another; this one where all of it is still near.
-
-        Looking costs a pass over the edges, renewing several. (Under `vmap` both are paid.)
-
-        Args:
-          graph, x, rows, free: as for `Hierarchy.precondition`.
-          tolerance: relative change of a coupling, or of local curvature against its row, up to
-            which the old values serve. Free nodes must be the same.
-        """
-        coupling, local = self.hierarchy._values(graph, x, rows)
-        moved = jnp.abs(coupling - self.coupling) > tolerance * jnp.maximum(coupling, self.coupling)
-        grown = jnp.abs(local - self.local) > tolerance * jnp.maximum(local, self.local)
-        changed = jnp.any(moved) | jnp.any(grown) | jnp.any(free != self.free)
-        return jax.lax.cond(
-            changed, lambda: self.hierarchy._cycle(coupling, local, free), lambda: self
-        )
+        """`Hierarchy.renewed` from the values of this one."""
+        return self.hierarchy.renewed(self.values, graph, x, rows, free, tolerance=tolerance)
 
     def _solve(
         self, depth: int, operators: tuple[Operator, ...], factor: jax.Array, residual: jax.Array
@@ -312,6 +370,13 @@ def _total(rows: Rows, columns: list[jax.Array], tail: jax.Array) -> jax.Array:
     return _add_tail(sum(columns[1:], start=columns[0]), rows, tail)
 
 
+def _coupling_sums(level: Level, coupling: jax.Array) -> jax.Array:
+    """Sum of the couplings of each node, [n]."""
+    padded = _written(_padded(coupling))
+    columns = [_get(padded, k) for k in level.through.columns]
+    return _total(level.through, columns, _get(padded, level.through.tail))
+
+
 def _add_tail(out: jax.Array, rows: Rows, tail: jax.Array) -> jax.Array:
     if not rows.tail_row.shape[0]:
         return out
@@ -382,13 +447,29 @@ def _factor(level: Level, operator: Operator, coupling: jax.Array) -> jax.Array:
     # parts without any local curvature are singular: rounding must not decide their sign
     shift = 1 + 8 * n * jnp.finfo(entry.dtype).eps
     lower = jnp.linalg.cholesky(matrix + matrix.T + shift * jnp.eye(n, dtype=entry.dtype))
-    return jax.scipy.linalg.solve_triangular(lower, jnp.diag(scale), lower=True)
+    return _inverse(lower) * scale[None, :]
+
+
+def _inverse(lower: jax.Array) -> jax.Array:
+    """Of a lower triangular matrix.
+
+    On CPU a solve goes to a library with threads of its own, which wait for each other by spinning:
+    with other work on the machine it takes longer than all levels above together.
+    """
+    identity = jnp.eye(lower.shape[0], dtype=lower.dtype)
+    if jax.default_backend() != "cpu":
+        return jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+
+    def row(k: jax.Array, inverse: jax.Array) -> jax.Array:
+        return inverse.at[k].set((identity[k] - matmul(lower[k], inverse)) / lower[k, k])
+
+    return jax.lax.fori_loop(0, lower.shape[0], row, jnp.zeros_like(lower))
 
 
 def priced_couplings(
     graph: EnergyGraph, x: jax.Array, activity: Activity
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    r"""Attractive couplings of a graph's Hessian at x, and what its rows hold beyond them.
+) -> tuple[jax.Array, jax.Array]:
+    r"""Attractive couplings of a graph's Hessian at x, and what its rows R hold beyond them.
 
     Args:
       graph: the energy.
@@ -396,21 +477,28 @@ def priced_couplings(
       activity: how hinges count.
 
     Returns:
-      `(couplings, local, rows)`: $c_k = \max(0, -h_{ij})$ of each coupled term, [K] or [K, d];
-      $R - 2 \sum_k c_k$ of each node, summed without what cancels, and R itself, shaped like x.
+      `(couplings, local)`: $c_k = \max(0, -h_{ij})$ of each coupled term, [K] or [K, d]; and
+      $R_r - 2 \sum_{k \ni r} c_k$ of each node, shaped like x, summed without what cancels in it.
     """
-    local = rows = graph.local_rows(x)
+    local = graph.local_rows(x)
     couplings = [jnp.zeros((0, *x.shape[1:]), local.dtype)]
     for family in graph.edges:
+        if type(family) is GateBenefit:
+            continue  # linear
+        if type(family) is Quadratic:
+            # a spring's rows are twice its coupling, wherever its ends are
+            weight = family.weight.astype(local.dtype)
+            lead = weight.reshape(-1, *(1,) * (x.ndim - 1))
+            couplings.append(jnp.broadcast_to(2 * lead, (*weight.shape, *x.shape[1:])))
+            continue
         ends = (x.at[end].get(mode="promise_in_bounds") for end in (family.i, family.j))
         mixed, cost_i, cost_j = jax.vmap(partial(_bends, activity=activity))(family, *ends)
         attractive = jnp.maximum(-mixed, 0)
         for end, cost in ((family.i, cost_i), (family.j, cost_j)):
-            rows = rows.at[end].add(cost, mode="promise_in_bounds")
             local = local.at[end].add(cost - 2 * attractive, mode="promise_in_bounds")
         if not isinstance(family, UNCOUPLED):
             couplings.append(attractive)
-    return jnp.concatenate(couplings), local, rows
+    return jnp.concatenate(couplings), local
 
 
 def _bends(
@@ -519,4 +607,13 @@ def _indices(values: np.ndarray) -> jax.Array:
     return jax.device_put(np.asarray(values, np.int32))
 
 
-__all__ = ["Cycle", "Hierarchy", "Level", "Operator", "Rows", "multilevel", "priced_couplings"]
+__all__ = [
+    "Cycle",
+    "Hierarchy",
+    "Level",
+    "Operator",
+    "Rows",
+    "Values",
+    "multilevel",
+    "priced_couplings",
+]
