@@ -36,7 +36,7 @@ def hessian_product(
 
     Args:
       losses: the terms.
-      mix: m, float [K]; zeros that are known at trace time cost nothing.
+      mix: m, float [K], an array or a list; zeros known at trace time cost nothing.
       params: where, a pytree of floating arrays.
       batch: what else the losses take.
       gradient: unused; it is what `difference_product` starts from.
@@ -133,7 +133,7 @@ def gauss_newton_product(
 
 def mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., jax.Array]:
     """The weighted sum, without the terms whose weight is known to be zero: they cost nothing."""
-    chosen = range(len(mix)) if not isinstance(mix, np.ndarray) else np.flatnonzero(mix)
+    chosen = [k for k in range(len(mix)) if isinstance(mix, jax.Array) or not _is_zero(mix[k])]
 
     def mixture(at: Any, *args: Any, **kwargs: Any) -> jax.Array:
         found = parts(at, *args, **kwargs)
@@ -141,6 +141,10 @@ def mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., ja
         return sum(terms[1:], terms[0])
 
     return mixture
+
+
+def _is_zero(number: Any) -> bool:
+    return not isinstance(number, jax.Array) and number == 0
 
 
 PRODUCTS: dict[str, Callable[..., Product]] = {

@@ -46,6 +46,7 @@ from smallgain_jax.losses.prices import (
     known_prices,
     limit_of,
     measure,
+    unseen,
 )
 from smallgain_jax.losses.sharpness import PRODUCTS
 from smallgain_jax.losses.state import (
@@ -56,6 +57,7 @@ from smallgain_jax.losses.state import (
     highest,
     initial_state,
 )
+from smallgain_jax.losses.units import find_units
 from smallgain_jax.losses.watch import (
     LEARNING,
     Verdict,
@@ -237,15 +239,26 @@ class _Wiring(NamedTuple):
     aggregates: bool
 
 
+class _Look(NamedTuple):
+    """Where an update looks."""
+
+    params: Any
+    batch: Batch  # to measure curvature on
+    own: Batch  # of the update itself
+    updates: Any  # what was handed in, where that is the weighted gradient; or None
+
+
 class _Decision(NamedTuple):
     """All that changes only where something is measured."""
 
     measured: Measured
+    first_weights: jax.Array  # [K]
     log_weights: jax.Array  # [K]
     scores: jax.Array  # [K]
     balance_residual: jax.Array  # []
     interaction_ratio: jax.Array  # []
     reported: jax.Array  # [] bool
+    updates: Any  # what was handed in, or the gradient by weights that are new; or None
 
 
 class _Judgement(NamedTuple):
@@ -294,13 +307,15 @@ def _transformation(
         )
         foreign = held_foreign(state.foreign, seen.fit)
         healthy = _healthy(updates, seen, extra_args.get("value"))
-        due = healthy & (state.wait <= 0)
+        due = healthy & ((state.wait <= 0) | _appeared(settings, state, seen.values))
         same = seen if curvature_args is None else seen._replace(gradients=None)
-        decision = _decide(wiring, state, params, at, same, due, blind)
-        weights = _in_force(settings, state, decision.log_weights, foreign)
+        own = batch if losses.lacks(batch) is None else at
+        late = settings.unitless and given.weighted and given.term_grads is None
+        decision = _decide(wiring, state, _Look(params, at, own, updates if late else None), same, due, blind)
+        weights = _in_force(settings, state, decision, foreign)
         judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
 
-        gradient = seen.reweighted(weights)
+        gradient = decision.updates if late else seen.reweighted(weights)
         if aggregates:
             gradient = jax.tree.map(partial(_times, weights), seen.gradients)
         gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
@@ -318,6 +333,7 @@ def _transformation(
         new_state = TrainingState(
             count=jnp.where(healthy, optax.safe_increment(state.count), state.count),
             weights=jnp.where(healthy, weights, state.weights),
+            first_weights=decision.first_weights,
             log_weights=decision.log_weights,
             scores=decision.scores,
             turn=measured.turn,
@@ -484,25 +500,33 @@ def finite(tree: Any) -> jax.Array:
     return sum(zeros, jnp.zeros(())) == 0
 
 
+def _appeared(settings: Settings, state: TrainingState, values: Any) -> jax.Array:
+    """Whether a loss that was 0 so far, and has no weight for that, is something now []."""
+    if values is None or not settings.unitless:
+        return jnp.zeros((), bool)
+    return jnp.any((state.first_weights <= 0) & (state.info.losses == 0) & (values != 0))
+
+
 def _decide(
     wiring: _Wiring,
     state: TrainingState,
-    params: Any,
-    batch: Batch,
+    at: _Look,
     seen: Incoming,
     due: jax.Array,
     blind: bool,
 ) -> _Decision:
     """Price what is in turn, and move the weights, where that is due."""
-    losses, settings = wiring.losses, wiring.settings
+    losses, settings, params = wiring.losses, wiring.settings, at.params
     info = state.info
     kept = _Decision(
         Measured(known_prices(state), state.vectors, state.turn, state.misses),
+        state.first_weights,
         state.log_weights,
         state.scores,
         info.balance_residual,
         info.interaction_ratio,
         state.reported,
+        at.updates,
     )
     if blind or not state.weights.size:
         return kept
@@ -511,17 +535,43 @@ def _decide(
     warmup = settings.warmup
     if warmup is None:
         warmup = ADAPTIVE_WARMUP if adaptive else 0
+    asked = due & (state.count >= warmup)
+    early = jnp.zeros((), bool)
+    if settings.unitless:
+        early = (state.count < warmup) | (unseen(state) & adaptive)
+        asked = asked | (due & jnp.any(state.first_weights <= 0))
 
     def look() -> _Decision:
-        plain = seen.reweighted(state.weights)
+        plain = seen.total(state.weights)
         present = probe.present(state.base_state)
         root = inverse_root_of(settings, probe, state, params, present)
-        sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
+        if settings.unitless and adaptive:
+            root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
+        sight = Sight(params, at.batch, root, adaptive, early, plain, seen.gradients)
         measured = measure(losses, settings, state, sight)
         prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
+        seen_so_far, updates = state, at.updates
+        if settings.unitless:
+            units = find_units(
+                losses,
+                settings,
+                state,
+                prices.cost,
+                (params, at.own),
+                feels=probe.known and not adaptive,
+                updates=at.updates,
+            )
+            prices = prices._replace(
+                sharpness=units.factor * prices.sharpness,
+                row_sharpness=units.factor * prices.row_sharpness,
+            )
+            seen_so_far = state._replace(first_weights=units.first_weights)
+            updates = units.gradient
         log_weights, scores = decide(
-            settings, adaptive or not probe.known, state, seen.gradients, prices
+            settings, adaptive or not probe.known, seen_so_far, seen.gradients, prices
         )
+        log_weights = jnp.where(early, state.log_weights, log_weights)
+        prices = select(early, known_prices(state)._replace(limit=prices.limit), prices)
         foreign = is_foreign(seen.fit)
         if settings.reweights:
             new = foreign & ~state.reported
@@ -531,9 +581,10 @@ def _decide(
             balance, ratio = balance_residual(seen.gradients), interaction_ratio(seen.gradients)
         measured = measured._replace(prices=prices)
         reported = state.reported | foreign
-        return cast_like(_Decision(measured, log_weights, scores, balance, ratio, reported), kept)
+        first = seen_so_far.first_weights
+        found = (measured, first, log_weights, scores, balance, ratio, reported, updates)
+        return cast_like(_Decision(*found), kept)
 
-    asked = due & (state.count >= warmup)
     if not settings.reweights and isinstance(settings.guard, str | None) and not settings.row_gains:
         first = ~(info.sharpness > 0) | (state.misses > 0)
         asked = asked & (first | (state.looks % READING == 0))
@@ -591,11 +642,23 @@ def _judge(
 
 
 def _in_force(
-    settings: Settings, state: TrainingState, log_weights: jax.Array, foreign: jax.Array
+    settings: Settings, state: TrainingState, decision: _Decision, foreign: jax.Array
 ) -> jax.Array:
     """The weights by which this update descends: 1 where it cannot be reweighted."""
-    keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
-    return jnp.where(foreign > 0, 1, jnp.exp(keep * log_weights))
+    weights = decision.first_weights * jnp.exp(decision.log_weights)
+    if settings.anneal is not None:
+        keep = settings.anneal(state.count)
+        known = weights > 0
+        eased = jnp.where(known, jnp.exp(keep * jnp.log(jnp.where(known, weights, 1))), 0)
+        if settings.unitless:
+            # the common factor has a rule of its own: what the losses cost in all stays
+            cost = jnp.sum(decision.measured.prices.cost, axis=1)
+            first = jnp.where(known, 1 / jnp.where(known, decision.first_weights, 1), 0)
+            cost = jnp.where(jnp.any(cost > 0), cost, first)
+            before, after = vdot(weights, cost), vdot(eased, cost)
+            eased = eased * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
+        weights = eased
+    return jnp.where(foreign > 0, 1, weights)
 
 
 def _weighted_args(
@@ -631,7 +694,7 @@ def _factors(settings: Settings, state: TrainingState, decision: _Decision) -> _
     prices = decision.measured.prices
     # weights moved since the sum was measured: scale its sharpness with the total cost
     before, after = (
-        vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
+        vdot(decision.first_weights * jnp.exp(w), jnp.sum(prices.cost, axis=1))
         for w in (state.log_weights, decision.log_weights)
     )
     drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)

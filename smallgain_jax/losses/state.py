@@ -52,6 +52,17 @@ class Settings(NamedTuple):
         """Whether weights may leave 1."""
         return self.policy != "reference"
 
+    @property
+    def unitless(self) -> bool:
+        """Whether a constant factor of a loss must not change a run."""
+        return self.policy == "fair"
+
+    def parts(self, num_terms: int, dtype: Any) -> jax.Array:
+        """What part [K] of the total cost each loss is to have."""
+        given = (1.0,) * num_terms if self.priorities is None else tuple(self.priorities)
+        found = jnp.asarray(given, dtype)
+        return found / jnp.sum(found)
+
 
 class Vectors(NamedTuple):
     """Where power iteration goes on, in the base optimizer's metric. K losses."""
@@ -94,7 +105,8 @@ class TrainingState(NamedTuple):
 
     count: jax.Array  # type: ignore[assignment]  # [] int32, updates that were not skipped
     weights: jax.Array  # [K] in force at this update; 1 is the reference objective
-    log_weights: jax.Array  # [K] as decided, before any return to the reference
+    first_weights: jax.Array  # [K] by which losses have no units; 0 until a loss is seen; else 1
+    log_weights: jax.Array  # [K] log of the weight as decided over the first, before `anneal`
     scores: jax.Array  # [K] moving averages of value over cost
     turn: jax.Array  # [] int32, the loss to be priced next; K for the sum
     wait: jax.Array  # [] int32, updates until the next look
@@ -152,6 +164,7 @@ def initial_state(
     return TrainingState(
         count=zero_count(),
         weights=full(1, num_terms),
+        first_weights=full(0 if settings.unitless else 1, num_terms),
         log_weights=full(0, num_terms),
         scores=full(0, num_terms),
         turn=zero_count(),
