@@ -5,10 +5,11 @@ may be combined with the gradients of the terms. Leaf by leaf, u is set against 
 $g = \sum_k \nabla e_k$ that is computed here. What is a multiple of it (clipping by norm, scaling,
 a mean over K, a frozen leaf) hands its factor $c = \langle u, g \rangle / \langle g, g \rangle$ on,
 
-$$ c \sum_k w_k \nabla e_k + (u - c g) , $$
+$$ c \sum_k w_k \nabla e_k + s (u - c g) , $$
 
-and where u is something else (clipped entry by entry, averaged over steps, another loss), it is
-left as it is: no reweighting, no harm, and a report. What lies within rounding counts as nothing:
+and where u is something else (clipped entry by entry, averaged over steps, another loss), it goes
+on as s u: no reweighting, no harm, and a report. Here s is the `plain_weight`, 1 but for losses in
+arbitrary units, at which the plain sum is as large as the weighted one. What lies within rounding counts as nothing:
 where one loss is 1e25 times the others, the rounding of its gradient is larger than all of theirs.
 """
 
@@ -49,7 +50,7 @@ class Incoming(NamedTuple):
     values: jax.Array | None  # [K]; None where nothing evaluated them
     gradients: Any  # [K, ...]; None unless needed
     total: Callable[[jax.Array], Any]  # weights [K] -> gradient of the weighted sum, if known
-    reweighted: Callable[[jax.Array], Any]  # weights [K] -> gradient for the base optimizer
+    reweighted: Callable[..., Any]  # weights [K], s [] -> gradient for the base optimizer
     fit: jax.Array  # [] cosine between what was handed in and the plain gradient
 
 
@@ -70,7 +71,7 @@ def observe(
     own = per_term or (settings.reweights and not (given.weighted and grads is None))
     if not own:
         # the weights it was handed move too slowly for one update to matter
-        return Incoming(values, grads, lambda _: updates, lambda _: updates, one)
+        return Incoming(values, grads, lambda _: updates, lambda *_: updates, one)
     if grads is None:
         check_params(params)
     if grads is None and per_term:
@@ -92,12 +93,13 @@ def observe(
     plain = total(handed)
     factors, fit = compare(updates, plain)
 
-    def reweighted(weights: jax.Array) -> Any:
+    def reweighted(weights: jax.Array, scale: jax.Array) -> Any:
         def leaf(u: jax.Array, c: jax.Array, g: jax.Array, whole: jax.Array) -> jax.Array:
             rest = u - c.astype(g.dtype) * g
             top = jnp.max(jnp.abs(u), initial=0.0)
             noise = jnp.max(jnp.abs(rest), initial=0.0) <= _rounding(u.dtype) * top
-            return (c.astype(whole.dtype) * whole + jnp.where(noise, 0, rest)).astype(u.dtype)
+            rest = scale.astype(rest.dtype) * jnp.where(noise, 0, rest)
+            return (c.astype(whole.dtype) * whole + rest).astype(u.dtype)
 
         return jax.tree.map(leaf, updates, factors, plain, total(weights))
 

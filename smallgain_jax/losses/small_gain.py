@@ -57,7 +57,7 @@ from smallgain_jax.losses.state import (
     highest,
     initial_state,
 )
-from smallgain_jax.losses.units import find_units
+from smallgain_jax.losses.units import find_units, plain_weight
 from smallgain_jax.losses.watch import (
     LEARNING,
     Verdict,
@@ -315,7 +315,8 @@ def _transformation(
         weights = _in_force(settings, state, decision, foreign)
         judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
 
-        gradient = decision.updates if late else seen.reweighted(weights)
+        plain = plain_weight(settings, decision.first_weights)
+        gradient = decision.updates if late else seen.reweighted(weights, plain)
         if aggregates:
             gradient = jax.tree.map(partial(_times, weights), seen.gradients)
         gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
@@ -644,21 +645,14 @@ def _judge(
 def _in_force(
     settings: Settings, state: TrainingState, decision: _Decision, foreign: jax.Array
 ) -> jax.Array:
-    """The weights by which this update descends: 1 where it cannot be reweighted."""
-    weights = decision.first_weights * jnp.exp(decision.log_weights)
+    """The weights by which this update descends: one for all where it cannot be reweighted."""
+    first = decision.first_weights
+    weights, plain = first * jnp.exp(decision.log_weights), plain_weight(settings, first)
     if settings.anneal is not None:
-        keep = settings.anneal(state.count)
-        known = weights > 0
-        eased = jnp.where(known, jnp.exp(keep * jnp.log(jnp.where(known, weights, 1))), 0)
-        if settings.unitless:
-            # the common factor has a rule of its own: what the losses cost in all stays
-            cost = jnp.sum(decision.measured.prices.cost, axis=1)
-            first = jnp.where(known, 1 / jnp.where(known, decision.first_weights, 1), 0)
-            cost = jnp.where(jnp.any(cost > 0), cost, first)
-            before, after = vdot(weights, cost), vdot(eased, cost)
-            eased = eased * jnp.where(after > 0, before / jnp.where(after > 0, after, 1), 1)
-        weights = eased
-    return jnp.where(foreign > 0, 1, weights)
+        known, keep = weights > 0, settings.anneal(state.count)
+        over = jnp.log(jnp.where(known, weights / plain, 1))
+        weights = jnp.where(known, plain * jnp.exp(keep * over), weights)
+    return jnp.where(foreign > 0, plain, weights)
 
 
 def _weighted_args(

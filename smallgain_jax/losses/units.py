@@ -7,8 +7,8 @@ $$ w_k = S \, \frac{p_k}{\lambda_k \sum_j p_j}, \qquad
    \lambda_k = \lambda_{\max}(\nabla^2 e_k) \text{ at the first batch,} $$
 
 p the priorities. The curvature is that in the identity metric, for second moments are not there
-yet. A loss that does not bend (a linear one), or that only a later batch holds, is given a gradient
-as long as those of the others are on the average:
+yet. A loss that does not bend (a linear one), or that only a later batch holds, is made as large as
+the others are on the average, in its cost where that is known, else in the length of its gradient:
 $w_k \|\nabla e_k\| / p_k = \mathrm{mean}_j\, w_j \|\nabla e_j\| / p_j$.
 
 The common factor S is a rule, too, for the unit of the sum is as arbitrary:
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from smallgain_jax._checks import cast_like
 from smallgain_jax._tree import norm, select, when
@@ -43,8 +44,9 @@ class Units(NamedTuple):
 class Looked(NamedTuple):
     """How the losses appear, in units of their own."""
 
-    cost: jax.Array  # [K, R] as just measured, in the identity metric
+    cost: jax.Array  # [K, R] as last measured, 0 before
     sizes: jax.Array  # [K] norms of the gradients, 0 for what is not finite
+    usual: float  # norm of a gradient where no loss on this batch has a weight; 0 for none
 
 
 def find_units(
@@ -59,7 +61,7 @@ def find_units(
     """Weigh the losses that have no weight yet; nothing is evaluated where there are none.
 
     Args:
-      cost: [K, R] as just measured.
+      cost: [K, R] as last measured.
       sight: parameters, and the batch of the update.
       feels: whether the base optimizer feels a common factor.
       updates: what was handed in, for `gradient` where no weight is new; None for no gradient.
@@ -68,6 +70,7 @@ def find_units(
     num_terms = state.weights.size
     dtype = state.weights.dtype
     first = unseen(state)
+    usual = 0.0 if feels else _entries(params) ** 0.5
 
     def slope(mix: jax.Array) -> Any:
         found = jax.grad(mixture(losses.parts, mix))(params, *batch.args, **batch.kwargs)
@@ -77,7 +80,9 @@ def find_units(
         def look(k: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             sizes, _ = carry
             alone = jnp.arange(num_terms) == k
-            weights = weigh(settings, state, Looked(cost, sizes)) * jnp.exp(state.log_weights)
+            weights = weigh(settings, state, Looked(cost, sizes, usual)) * jnp.exp(
+                state.log_weights
+            )
             gradient = slope(jnp.where(k < num_terms, alone.astype(dtype), weights))
             size = norm(gradient, dtype)
             return jnp.where(alone & jnp.isfinite(size), size, sizes), gradient
@@ -85,7 +90,7 @@ def find_units(
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.result_type(x)), params)
         carry = (jnp.zeros(num_terms, dtype), nothing)
         sizes, gradient = jax.lax.fori_loop(0, num_terms + 1, look, carry)
-        weights = weigh(settings, state, Looked(cost, sizes))
+        weights = weigh(settings, state, Looked(cost, sizes, usual))
         factor = jnp.where(first, _common_factor(cost, gradient, feels, dtype), 1)
         weights = jnp.where(jnp.isfinite(factor * weights), factor * weights, 0)
         new = jnp.any(weights != state.first_weights)
@@ -102,19 +107,50 @@ def find_units(
 
 def weigh(settings: Settings, state: TrainingState, looked: Looked) -> jax.Array:
     """First weights [K] up to their common factor; those that are known stay."""
-    parts = settings.parts(looked.sizes.size, looked.sizes.dtype)
-    weights = jnp.where(unseen(state), first_shares(settings, looked.cost), state.first_weights)
-    known, slopes = weights > 0, looked.sizes > 0
-    reach = jnp.where(known, weights * looked.sizes / parts, 0)
-    usual = jnp.sum(reach) / jnp.maximum(jnp.sum(known), 1)
-    usual = jnp.where(jnp.any(known), usual, 1)
-    by_slope = parts * usual / jnp.where(slopes, looked.sizes, 1)
-    return jnp.where(known, weights, jnp.where(slopes, by_slope, 0))
+    cost, sizes, usual = looked
+    parts = settings.parts(sizes.size, sizes.dtype)
+    fresh = unseen(state)
+    weights = jnp.where(fresh, first_shares(settings, cost), state.first_weights)
+    # by what it costs, of those that only a later batch held
+    weights = _as_the_others(weights, jnp.sum(cost, axis=1), parts, 0.0)
+    return _as_the_others(weights, sizes, parts, jnp.where(fresh & ~jnp.any(weights > 0), 1, usual))
+
+
+def _as_the_others(
+    weights: jax.Array, sizes: jax.Array, parts: jax.Array, usual: jax.Array | float
+) -> jax.Array:
+    """Weights at which the sizes of new losses are those of the known ones on the average.
+
+    `usual` stands for the average where there is none; 0 to leave new ones without a weight.
+    """
+    known, there = weights > 0, sizes > 0
+    both = known & there
+    average = jnp.sum(jnp.where(both, weights * sizes / parts, 0)) / jnp.maximum(jnp.sum(both), 1)
+    average = jnp.where(jnp.any(both), average, usual)
+    found = jnp.where(there, parts * average / jnp.where(there, sizes, 1), 0)
+    return jnp.where(known, weights, found)
+
+
+def plain_weight(settings: Settings, first_weights: jax.Array) -> jax.Array:
+    """One weight [] for all losses at which their sum costs what it costs by their first weights.
+
+    With it the plain sum goes on at the scale of fair shares: no jump for second moments.
+    """
+    if not settings.unitless:
+        return jnp.ones((), first_weights.dtype)
+    parts = settings.parts(first_weights.size, first_weights.dtype)
+    known = first_weights > 0
+    price = jnp.where(known, parts / jnp.where(known, first_weights, 1), 0)
+    paid = jnp.sum(jnp.where(known, parts, 0))
+    return jnp.where(jnp.any(known), paid / jnp.where(jnp.any(known), jnp.sum(price), 1), 1)
 
 
 def _common_factor(cost: jax.Array, gradient: Any, feels: bool, dtype: Any) -> jax.Array:
     """S, from the gradient at S = 1."""
-    entries = sum(leaf.size for leaf in jax.tree.leaves(gradient))
     length = norm(gradient, dtype)
-    factor = jnp.where(length > 0, entries**0.5 / jnp.where(length > 0, length, 1), 1)
+    factor = jnp.where(length > 0, _entries(gradient) ** 0.5 / jnp.where(length > 0, length, 1), 1)
     return jnp.where(jnp.any(cost > 0), 1, factor) if feels else factor
+
+
+def _entries(tree: Any) -> int:
+    return sum(int(np.prod(np.shape(leaf))) for leaf in jax.tree.leaves(tree))
