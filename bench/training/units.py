@@ -23,7 +23,6 @@ from bench.run import about
 from bench.training.problems import Problem, make
 from bench.training.run import BATCHES
 
-
 CASES = {
     "helmholtz": (1e-3, 3000),
     "advection": (1e-3, 1000),

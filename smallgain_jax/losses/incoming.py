@@ -9,8 +9,9 @@ $$ c \sum_k w_k \nabla e_k + s (u - c g) , $$
 
 and where u is something else (clipped entry by entry, averaged over steps, another loss), it goes
 on as s u: no reweighting, no harm, and a report. Here s is the `plain_weight`, 1 but for losses in
-arbitrary units, at which the plain sum is as large as the weighted one. What lies within rounding counts as nothing:
-where one loss is 1e25 times the others, the rounding of its gradient is larger than all of theirs.
+arbitrary units, at which the plain sum is as large as the weighted one. What lies within rounding
+counts as nothing: where one loss is 1e25 times the others, the rounding of its gradient is larger
+than all of theirs.
 """
 
 import warnings

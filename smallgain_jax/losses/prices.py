@@ -66,6 +66,7 @@ class Sight(NamedTuple):
     inverse_root: Any  # P^{-1/2}; None for the identity
     adaptive: bool  # whether it comes from the gradients, and so from the weights
     early: jax.Array  # [] bool, whether the metric means nothing yet; the identity stands for it
+    new: jax.Array  # [] bool, whether the loss in turn has no weight yet
     gradient: Any  # of the weighted sum, as far as it is known
     term_gradients: Any  # [K, ...] on this batch; None where they are not known
 
@@ -109,10 +110,11 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
         return jax.lax.cond(turn < num_terms, one, total, known)
 
     everything = ~(state.info.sharpness > 0)
-    first = jnp.where(everything | sight.early, 0, state.turn)
+    first = jnp.where(everything & ~sight.new, 0, state.turn)
     stop = jnp.where(everything, num_terms + 1, state.turn + 1)
     # too early for the metric: only what it takes to have units
-    stop = jnp.where(sight.early, jnp.where(unseen(state), num_terms, 0), stop)
+    stop = jnp.where(sight.early, jnp.where(unseen(state), num_terms, first), stop)
+    stop = jnp.where(sight.new, state.turn + 1, stop)
     prices, vectors, found = jax.lax.fori_loop(
         first,
         stop,
@@ -126,8 +128,8 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     return Measured(
         prices,
         vectors,
-        jnp.where(sight.early, state.turn, jnp.where(again, repeated, next_turn)).astype(jnp.int32),
-        jnp.where(again & ~sight.early, state.misses + 1, 0),
+        jnp.where(again, repeated, next_turn).astype(jnp.int32),
+        jnp.where(again, state.misses + 1, 0),
     )
 
 

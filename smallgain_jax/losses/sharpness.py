@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
@@ -43,7 +42,7 @@ def hessian_product(
 
     >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
-    >>> hessian_product(losses, np.array([1.0, 0.0]), jnp.array([1.0, 2.0]), Batch())(jnp.ones(2))
+    >>> hessian_product(losses, [1.0, 0.0], jnp.array([1.0, 2.0]), Batch())(jnp.ones(2))
     Array([2., 2.], dtype=float32)
     """
     del gradient
@@ -77,7 +76,7 @@ def difference_product(
 
     >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
-    >>> mix = np.array([0.0, 1.0])
+    >>> mix = [0.0, 1.0]
     >>> product = difference_product(losses, mix, jnp.array([1.0, 2.0]), Batch())
     >>> product(jnp.array([1.0, 0.0])).round(2)
     Array([0., 1.], dtype=float32)

@@ -118,11 +118,14 @@ def loss_small_gain(
     * "reference", the default, leaves them at 1: the objective is the one that the user wrote, and
       what is handed in goes to the base optimizer as it is. Prices are for reading, and measured at
       every twentieth look only.
-    * "fair" moves $\log w_k$ towards $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional
-      fairness (Kelly, Maulloo and Tan 1998) at the total cost of the reference: every loss gets its
-      share of the margin. For losses in arbitrary units that can all vanish (physics-informed
-      networks). **It solves another problem** where weights are meant: a small regularizer is
-      raised hundreds of times.
+    * "fair" starts from weights that make the losses cost alike at the first batch, so that a
+      constant factor of a loss changes nothing (see `units`), and moves $\log w_k$ towards
+      $p_k \sum_j w^0_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional fairness (Kelly, Maulloo
+      and Tan 1998) at the total cost under the first weights $w^0$: every loss gets its share of
+      the margin. For losses in arbitrary units that can all vanish (physics-informed networks).
+      Under an optimizer that feels a common factor, the learning rate is relative to the curvature
+      at the first batch: gradient descent is stable there below 2. **It solves another problem**
+      where weights are meant: a small regularizer is raised hundreds of times.
     * "greedy" raises and sheds by value over cost, where losses agree and the margin has slack.
 
     With weights other than 1 the gradient is this transformation's own, and takes over a common
@@ -148,12 +151,13 @@ def loss_small_gain(
       metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
         `params`, positive.
       priorities: p_k, float [K], positive; None for ones ("fair").
-      floor, ceiling: bounds of every weight.
+      floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
-      anneal: schedule a(count) in [0, 1]; $w_k^a$ is in force, so that 0 is the reference.
-      warmup: updates during which nothing is priced; None for 100 with the Adam family, whose
-        second moments mean nothing before, else 0.
+      anneal: schedule a(count) in [0, 1]; $w_k^a s^{1-a}$ is in force, so that 0 is the reference,
+        at s = 1 or, for "fair", at the common factor under which the plain sum costs as much.
+      warmup: updates during which nothing is priced, and first weights hold; None for 100 with the
+        Adam family, whose second moments mean nothing before, else 0.
       curvature: "hessian"; "gauss_newton" for terms made with `outputs`; or "difference" of two
         gradients, a third of the time and no memory of its own, for float32 or wider.
       iterations: of power iteration at each turn.
@@ -185,7 +189,7 @@ def loss_small_gain(
     >>> def losses(x):
     ...     return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
     >>> from smallgain_jax.losses.losses import terms
-    >>> optimizer = loss_small_gain(optax.sgd(0.01), terms(losses), policy="fair", every=1)
+    >>> optimizer = loss_small_gain(optax.sgd(0.1), terms(losses), policy="fair", every=1)
     >>> x = jnp.ones(2)
     >>> state = optimizer.init(x)
     >>> @jax.jit
@@ -195,8 +199,8 @@ def loss_small_gain(
     ...     return optax.apply_updates(x, updates), state
     >>> for _ in range(100):
     ...     x, state = step(x, state)
-    >>> state.info.share.round(2).tolist(), state.weights.round(1).tolist()
-    ([0.5, 0.5], [25.5, 0.5])
+    >>> state.info.share.round(2).tolist(), state.weights.round(3).tolist()
+    ([0.5, 0.5], [0.25, 0.005])
     """
     check_optimizer("base_optimizer", base_optimizer)
     terms.check_countable()
@@ -240,11 +244,12 @@ class _Wiring(NamedTuple):
 
 
 class _Look(NamedTuple):
-    """Where an update looks."""
+    """Where an update looks. K losses."""
 
     params: Any
     batch: Batch  # to measure curvature on
     own: Batch  # of the update itself
+    appeared: jax.Array  # [K] bool, losses to be weighed that no batch held before
     updates: Any  # what was handed in, where that is the weighted gradient; or None
 
 
@@ -307,11 +312,13 @@ def _transformation(
         )
         foreign = held_foreign(state.foreign, seen.fit)
         healthy = _healthy(updates, seen, extra_args.get("value"))
-        due = healthy & ((state.wait <= 0) | _appeared(settings, state, seen.values))
+        appeared = _appeared(settings, state, seen.values)
+        due = healthy & ((state.wait <= 0) | jnp.any(appeared))
         same = seen if curvature_args is None else seen._replace(gradients=None)
         own = batch if losses.lacks(batch) is None else at
         late = settings.unitless and given.weighted and given.term_grads is None
-        decision = _decide(wiring, state, _Look(params, at, own, updates if late else None), same, due, blind)
+        look = _Look(params, at, own, appeared, updates if late else None)
+        decision = _decide(wiring, state, look, same, due, blind)
         weights = _in_force(settings, state, decision, foreign)
         judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
 
@@ -502,10 +509,10 @@ def finite(tree: Any) -> jax.Array:
 
 
 def _appeared(settings: Settings, state: TrainingState, values: Any) -> jax.Array:
-    """Whether a loss that was 0 so far, and has no weight for that, is something now []."""
+    """Losses that were 0 so far, and have no weight for that, and are something now [K]."""
     if values is None or not settings.unitless:
-        return jnp.zeros((), bool)
-    return jnp.any((state.first_weights <= 0) & (state.info.losses == 0) & (values != 0))
+        return jnp.zeros(state.weights.shape, bool)
+    return (state.first_weights <= 0) & (state.info.losses == 0) & (values != 0)
 
 
 def _decide(
@@ -548,8 +555,12 @@ def _decide(
         root = inverse_root_of(settings, probe, state, params, present)
         if settings.unitless and adaptive:
             root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
-        sight = Sight(params, at.batch, root, adaptive, early, plain, seen.gradients)
-        measured = measure(losses, settings, state, sight)
+        new = jnp.any(at.appeared) & ~unseen(state)
+        turn = jnp.where(new, jnp.argmax(at.appeared), state.turn).astype(jnp.int32)
+        sight = Sight(params, at.batch, root, adaptive, early, new, plain, seen.gradients)
+        measured = measure(losses, settings, state._replace(turn=turn), sight)
+        aside = select(early | new, (state.turn, state.misses), (measured.turn, measured.misses))
+        measured = measured._replace(turn=aside[0], misses=aside[1])
         prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
         seen_so_far, updates = state, at.updates
         if settings.unitless:

@@ -46,7 +46,8 @@ class Looked(NamedTuple):
 
     cost: jax.Array  # [K, R] as last measured, 0 before
     sizes: jax.Array  # [K] norms of the gradients, 0 for what is not finite
-    usual: float  # norm of a gradient where no loss on this batch has a weight; 0 for none
+    one: float  # cost of all losses where none with a weight has a cost; 0 for none
+    usual: float  # norm of a gradient where none with a weight has one
 
 
 def find_units(
@@ -70,7 +71,8 @@ def find_units(
     num_terms = state.weights.size
     dtype = state.weights.dtype
     first = unseen(state)
-    usual = 0.0 if feels else _entries(params) ** 0.5
+    # the rule for the common factor, for a loss that shares no batch with any other
+    usual = (1.0, 0.0) if feels else (0.0, _entries(params) ** 0.5)
 
     def slope(mix: jax.Array) -> Any:
         found = jax.grad(mixture(losses.parts, mix))(params, *batch.args, **batch.kwargs)
@@ -80,9 +82,8 @@ def find_units(
         def look(k: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             sizes, _ = carry
             alone = jnp.arange(num_terms) == k
-            weights = weigh(settings, state, Looked(cost, sizes, usual)) * jnp.exp(
-                state.log_weights
-            )
+            weights = weigh(settings, state, Looked(cost, sizes, *usual))
+            weights = weights * jnp.exp(state.log_weights)
             gradient = slope(jnp.where(k < num_terms, alone.astype(dtype), weights))
             size = norm(gradient, dtype)
             return jnp.where(alone & jnp.isfinite(size), size, sizes), gradient
@@ -90,7 +91,7 @@ def find_units(
         nothing = jax.tree.map(lambda x: jnp.zeros_like(x, dtype=jnp.result_type(x)), params)
         carry = (jnp.zeros(num_terms, dtype), nothing)
         sizes, gradient = jax.lax.fori_loop(0, num_terms + 1, look, carry)
-        weights = weigh(settings, state, Looked(cost, sizes, usual))
+        weights = weigh(settings, state, Looked(cost, sizes, *usual))
         factor = jnp.where(first, _common_factor(cost, gradient, feels, dtype), 1)
         weights = jnp.where(jnp.isfinite(factor * weights), factor * weights, 0)
         new = jnp.any(weights != state.first_weights)
@@ -107,12 +108,12 @@ def find_units(
 
 def weigh(settings: Settings, state: TrainingState, looked: Looked) -> jax.Array:
     """First weights [K] up to their common factor; those that are known stay."""
-    cost, sizes, usual = looked
+    cost, sizes, one, usual = looked
     parts = settings.parts(sizes.size, sizes.dtype)
     fresh = unseen(state)
     weights = jnp.where(fresh, first_shares(settings, cost), state.first_weights)
     # by what it costs, of those that only a later batch held
-    weights = _as_the_others(weights, jnp.sum(cost, axis=1), parts, 0.0)
+    weights = _as_the_others(weights, jnp.sum(cost, axis=1), parts, one)
     return _as_the_others(weights, sizes, parts, jnp.where(fresh & ~jnp.any(weights > 0), 1, usual))
 
 
