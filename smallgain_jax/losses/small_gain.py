@@ -199,8 +199,8 @@ def loss_small_gain(
     ...     return optax.apply_updates(x, updates), state
     >>> for _ in range(100):
     ...     x, state = step(x, state)
-    >>> state.info.share.round(2).tolist(), state.weights.round(3).tolist()
-    ([0.5, 0.5], [0.25, 0.005])
+    >>> state.info.share.round(2).tolist(), (1 / state.weights).round().tolist()
+    ([0.5, 0.5], [4.0, 200.0])
     """
     check_optimizer("base_optimizer", base_optimizer)
     terms.check_countable()
@@ -407,7 +407,7 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     if not wiring.aggregates:
         _warn_of_no_limit(settings, wiring.probe(params))
     dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
-    return initial_state(wiring.base, params, len(names), settings, dtype)
+    return initial_state(wiring.base, params, names, settings, dtype)
 
 
 def _warn_of_no_limit(settings: Settings, probe: Probe) -> None:
@@ -823,6 +823,7 @@ def _info(
         interaction_ratio=decision.interaction_ratio,
         accepted=healthy & ~judged.rewind,
         skipped=state.info.skipped + ~healthy,
+        names=state.info.names,
     )
 
 

@@ -72,7 +72,17 @@ class Vectors(NamedTuple):
     each: Any  # [K, ...] for each loss; None where they start from `total`
 
 
-@shows(bars="share")
+@jax.tree_util.register_static
+class Names(tuple[str, ...]):
+    """Names of losses: part of a state's structure, no leaf of it."""
+
+    __slots__ = ()
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:
+        return (tuple(self),)
+
+
+@shows(bars="share", labels="names", labelled=("losses", "share", "response"))
 class TrainingInfo(NamedTuple):
     """What a reader of one update wants to know. K losses, R rows (blocks of parameters).
 
@@ -97,9 +107,14 @@ class TrainingInfo(NamedTuple):
     interaction_ratio: jax.Array  # [] I likewise
     accepted: jax.Array  # [] bool; False for an update skipped as not finite, or a rewind
     skipped: jax.Array  # [] int32, updates so far in which something was not finite
+    names: Names  # of the losses, in the order of every [K]; static
 
 
-@shows(bars="info.share")
+@shows(
+    bars="info.share",
+    labels="info.names",
+    labelled=("weights", "first_weights", "log_weights"),
+)
 class TrainingState(NamedTuple):
     """State of `small_gain` around the losses of a model. K losses."""
 
@@ -126,9 +141,14 @@ def highest(dtype: Any) -> float:
 
 
 def initial_state(
-    base: optax.GradientTransformation, params: Any, num_terms: int, settings: Settings, dtype: Any
+    base: optax.GradientTransformation,
+    params: Any,
+    names: Sequence[str],
+    settings: Settings,
+    dtype: Any,
 ) -> TrainingState:
     """The state before the first update, every field in a buffer of its own."""
+    num_terms = len(names)
     rows = len(label_blocks(params, settings.blocks)[1])
 
     def full(fill: float, *shape: int) -> jax.Array:
@@ -152,6 +172,7 @@ def initial_state(
         interaction_ratio=full(-1),
         accepted=jnp.ones((), bool),
         skipped=zero_count(),
+        names=Names(names),
     )
     each = None
     if settings.reweights and num_terms <= UNROLLED:
