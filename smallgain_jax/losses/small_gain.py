@@ -57,7 +57,7 @@ from smallgain_jax.losses.state import (
     highest,
     initial_state,
 )
-from smallgain_jax.losses.units import find_units, plain_weight
+from smallgain_jax.losses.units import Units, find_units, plain_weight
 from smallgain_jax.losses.watch import (
     LEARNING,
     Verdict,
@@ -524,7 +524,7 @@ def _decide(
     blind: bool,
 ) -> _Decision:
     """Price what is in turn, and move the weights, where that is due."""
-    losses, settings, params = wiring.losses, wiring.settings, at.params
+    settings, params = wiring.settings, at.params
     info = state.info
     kept = _Decision(
         Measured(known_prices(state), state.vectors, state.turn, state.misses),
@@ -550,37 +550,10 @@ def _decide(
         asked = asked | (due & jnp.any(state.first_weights <= 0))
 
     def look() -> _Decision:
-        plain = seen.total(state.weights)
-        present = probe.present(state.base_state)
-        root = inverse_root_of(settings, probe, state, params, present)
-        if settings.unitless and adaptive:
-            root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
-        new = jnp.any(at.appeared) & ~unseen(state)
-        turn = jnp.where(new, jnp.argmax(at.appeared), state.turn).astype(jnp.int32)
-        sight = Sight(params, at.batch, root, adaptive, early, new, plain, seen.gradients)
-        measured = measure(losses, settings, state._replace(turn=turn), sight)
-        aside = select(early | new, (state.turn, state.misses), (measured.turn, measured.misses))
-        measured = measured._replace(turn=aside[0], misses=aside[1])
-        prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
-        seen_so_far, updates = state, at.updates
-        if settings.unitless:
-            units = find_units(
-                losses,
-                settings,
-                state,
-                prices.cost,
-                (params, at.own),
-                feels=probe.known and not adaptive,
-                updates=at.updates,
-            )
-            prices = prices._replace(
-                sharpness=units.factor * prices.sharpness,
-                row_sharpness=units.factor * prices.row_sharpness,
-            )
-            seen_so_far = state._replace(first_weights=units.first_weights)
-            updates = units.gradient
+        measured, units = _priced(wiring, state, at, seen, probe, early)
+        prices, weighed = measured.prices, state._replace(first_weights=units.first_weights)
         log_weights, scores = decide(
-            settings, adaptive or not probe.known, seen_so_far, seen.gradients, prices
+            settings, adaptive or not probe.known, weighed, seen.gradients, prices
         )
         log_weights = jnp.where(early, state.log_weights, log_weights)
         prices = select(early, known_prices(state)._replace(limit=prices.limit), prices)
@@ -593,7 +566,7 @@ def _decide(
             balance, ratio = balance_residual(seen.gradients), interaction_ratio(seen.gradients)
         measured = measured._replace(prices=prices)
         reported = state.reported | foreign
-        first = seen_so_far.first_weights
+        first, updates = units.first_weights, units.gradient
         found = (measured, first, log_weights, scores, balance, ratio, reported, updates)
         return cast_like(_Decision(*found), kept)
 
@@ -602,6 +575,48 @@ def _decide(
         asked = asked & (first | (state.looks % READING == 0))
     found: _Decision = when(asked, look, lambda: kept)
     return found
+
+
+def _priced(
+    wiring: _Wiring,
+    state: TrainingState,
+    at: _Look,
+    seen: Incoming,
+    probe: Probe,
+    early: jax.Array,
+) -> tuple[Measured, Units]:
+    """What the losses cost, and first weights for those that have none."""
+    losses, settings, params = wiring.losses, wiring.settings, at.params
+    adaptive = settings.metric is not None or probe.adaptive
+    present = probe.present(state.base_state)
+    root = inverse_root_of(settings, probe, state, params, present)
+    if settings.unitless and adaptive:
+        root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
+    new = jnp.any(at.appeared) & ~unseen(state)
+    turn = jnp.where(new, jnp.argmax(at.appeared), state.turn).astype(jnp.int32)
+    plain = seen.total(state.weights)
+    sight = Sight(params, at.batch, root, adaptive, early, new, plain, seen.gradients)
+    measured = measure(losses, settings, state._replace(turn=turn), sight)
+    aside = select(early | new, (state.turn, state.misses), (measured.turn, measured.misses))
+    measured = measured._replace(turn=aside[0], misses=aside[1])
+    prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
+    if not settings.unitless:
+        known = Units(state.first_weights, jnp.ones_like(prices.sharpness), at.updates)
+        return measured._replace(prices=prices), known
+    units = find_units(
+        losses,
+        settings,
+        state,
+        prices.cost,
+        (params, at.own),
+        feels=probe.known and not adaptive,
+        updates=at.updates,
+    )
+    prices = prices._replace(
+        sharpness=units.factor * prices.sharpness,
+        row_sharpness=units.factor * prices.row_sharpness,
+    )
+    return measured._replace(prices=prices), units
 
 
 def _judge(
