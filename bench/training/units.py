@@ -31,6 +31,7 @@ CASES = {
 """Learning rate and steps, reduced from 6,000 and 20,000 for the two networks with physics. Digits
 takes gradient descent, which feels a common factor; its rate is relative to the curvature at the
 first batch."""
+KINDS = ("units", "powers of two", "extreme", "rounding")
 
 
 def trainer(problem: Problem, rate: float, steps: int) -> Callable[..., dict[str, jax.Array]]:
@@ -94,12 +95,7 @@ def measure(name: str, steps: int | None, seeds: int, draws: int) -> dict[str, A
     row["weights"] = [p["weights"].tolist() for p in plain]
     print(f"{name}: errors at factors 1 {np.round(row['errors'], 4)}", file=sys.stderr, flush=True)
     few = min(draws, seeds)
-    for kind, count in {
-        "units": draws,
-        "powers of two": few,
-        "extreme": few,
-        "rounding": draws // 2,
-    }.items():
+    for kind, count in zip(KINDS, (draws, few, few, draws // 2), strict=True):
         ratios = []
         for k, factors in enumerate(factors_of(kind, terms, count)):
             found = run(jnp.int32(k % seeds), jnp.asarray(factors, jnp.float32))
