@@ -109,7 +109,9 @@ adam = sg.small_gain(base, losses, policy="fair")
 advance_adam = make_training(adam)
 
 params, old = carry
-new = adam.init(params)._replace(weights=old.weights, log_weights=old.log_weights)
+new = adam.init(params)._replace(
+    weights=old.weights, first_weights=old.first_weights, log_weights=old.log_weights
+)
 carry, record = advance_adam((params, new), chunks[2])
 print(
     f"weights carried over {new.weights}, largest sharpness / limit {record[2].max():.2g}, "

@@ -98,6 +98,7 @@ if TYPE_CHECKING:
     from smallgain_jax.tools import suites as suites
     from smallgain_jax.tools import sweep as sweep
     from smallgain_jax.tools import telemetry as telemetry
+    from smallgain_jax.tools import training as training
     from smallgain_jax.tools import validation as validation
     from smallgain_jax.tools.live import relax_in_chunks as relax_in_chunks
 
@@ -113,6 +114,7 @@ _TOOLS = (
     "suites",
     "sweep",
     "telemetry",
+    "training",
     "validation",
 )
 """Loaded when first asked for: they bring SciPy and matplotlib, which training does not need."""
@@ -209,6 +211,7 @@ __all__ = [
     "terms",
     "throttle",
     "train_step",
+    "training",
     "two_phase",
     "validation",
 ]

@@ -21,6 +21,8 @@ def shows(
     curve: str | None = None,
     bars: str | None = None,
     words: Mapping[str, Callable[[Any], str]] | None = None,
+    labels: str | None = None,
+    labelled: tuple[str, ...] = (),
 ) -> Callable[[_Class], _Class]:
     """Give a named tuple a short `repr`, and a table with a plot in notebooks.
 
@@ -28,10 +30,13 @@ def shows(
       curve: path of the field (as "info.history") that is drawn as a line.
       bars: of the field that is drawn as bars.
       words: what to say of a field, by its name, where it is known (not traced).
+      labels: path of the field that names the entries of others.
+      labelled: the fields whose entries it names.
     """
 
     def decorate(cls: _Class) -> _Class:
         setattr(cls, "_words", words or {})  # noqa: B010
+        setattr(cls, "_labels", (labels, labelled))  # noqa: B010
         setattr(cls, "__repr__", text)  # noqa: B010  # of a class whose type is not known
         setattr(cls, "_repr_html_", lambda self: _page(self, curve, bars))  # noqa: B010
         return cls
@@ -60,10 +65,22 @@ def _lines(value: Any, depth: int) -> Iterator[str]:
 
 
 def _said(value: Any, name: str, field: Any) -> str:
+    labels, labelled = getattr(type(value), "_labels", (None, ()))
+    if labels is not None and name in labelled:
+        return _by_name(_at(value, labels), field)
     say = getattr(type(value), "_words", {}).get(name)
     if say is None or isinstance(field, jax.core.Tracer) or np.ndim(field):
         return short(field)
     return str(say(field))
+
+
+def _by_name(names: tuple[str, ...], field: Any) -> str:
+    """A short vector with a name before each entry."""
+    said = short(field)
+    if not said.startswith("[") or np.shape(field) != (len(names),):
+        return said
+    pairs = zip(names, np.asarray(field), strict=True)
+    return ", ".join(f"{name} {_number(entry)}" for name, entry in pairs)
 
 
 def _is_named(value: Any) -> bool:
@@ -78,6 +95,8 @@ def short(value: Any) -> str:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
+    if isinstance(value, tuple) and value and all(isinstance(part, str) for part in value):
+        return ", ".join(value)
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return _array(value)
     leaves = [leaf for leaf in jax.tree.leaves(value) if hasattr(leaf, "shape")]

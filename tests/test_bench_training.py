@@ -23,6 +23,7 @@ from bench.training import (
     peers,
     problems,
     quadratics,
+    units,
 )
 from bench.training import report as reporting
 from bench.training import run as running
@@ -437,6 +438,18 @@ def test_report_marks_the_best():
     assert lines[6].endswith("|  |")
     assert "| inf | inf to inf | inf to inf | 5 |" in lines[7]
     assert lines[7].endswith("|  |")
+
+
+@pytest.mark.once
+def test_factors_of_losses_are_what_their_kind_says():
+    drawn = {kind: units.factors_of(kind, 3, 40) for kind in units.KINDS}
+    assert {factors.shape for factors in drawn.values()} == {(40, 3)}
+    assert np.all(np.abs(np.log10(drawn["units"])) <= 3)
+    assert np.ptp(np.log10(drawn["units"])) > 4
+    np.testing.assert_array_equal(np.frexp(drawn["powers of two"])[0], 0.5)
+    np.testing.assert_array_equal(np.unique(drawn["extreme"]), [1e-25, 1e25])
+    assert 0 < np.abs(drawn["rounding"] - 1).max() <= 1e-6
+    assert units.summary([1.0, 0.5, 1.1]).startswith("median deviation 10.0%, ratios 0.500 to 1.1")
 
 
 @pytest.mark.once

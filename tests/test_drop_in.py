@@ -132,7 +132,7 @@ def test_fair_shares_behind_anything_descend(problem, before):
 @pytest.mark.once
 def test_a_common_factor_is_taken_over_and_foreign_updates_are_reported():
     def after(of, steps=1500):
-        optimizer = sg.small_gain(optax.sgd(1e-3), soft_and_stiff, policy="fair")
+        optimizer = sg.small_gain(optax.sgd(0.1), soft_and_stiff, policy="fair")
         x, state = train(optimizer, soft_and_stiff, jnp.ones(2), steps, of)
         jax.effects_barrier()
         return x, state
@@ -142,12 +142,13 @@ def test_a_common_factor_is_taken_over_and_foreign_updates_are_reported():
         plain, _ = after(lambda g: g)
         half, state = after(lambda g: 0.5 * g, 3000)
     np.testing.assert_allclose(half, plain, rtol=1e-3)
-    np.testing.assert_allclose(state.weights, [25.5, 0.51], rtol=1e-2)
+    np.testing.assert_allclose(state.weights, [1 / 4, 1 / 200], rtol=1e-2)
     np.testing.assert_allclose(state.info.fit, 1, rtol=1e-5)
     with pytest.warns(UserWarning, match=r"no multiple of the gradient.*inside"):
         x, state = after(lambda g: g + jnp.array([5.0, -5.0]))
     assert state.info.fit < 0.9
-    # left as it is: the minimum of what was handed in
+    # left as it is but for a common factor: the minimum of what was handed in
+    np.testing.assert_allclose(state.weights, 1 / 102, rtol=1e-2)
     np.testing.assert_allclose(x, [-3 / 102, 7 / 102], atol=1e-4)
 
 
@@ -173,7 +174,7 @@ def test_a_loss_at_its_minimum_does_not_stop_training(policy):
     start = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
     x, state = train(sg.small_gain(optax.adam(RATE), fn, policy=policy), fn, start, 2000)
     assert total(fn, x) < 1e-2
-    assert np.all((state.weights > 1 / 3) & (state.weights < 3))
+    assert np.all(np.abs(state.log_weights) < np.log(3))
 
 
 @pytest.mark.once
@@ -277,7 +278,7 @@ def test_one_task_a_batch_is_measured_all_the_same():
         lambda x, on: {"soft": on[0] * jnp.sum((x - 1) ** 2), "stiff": on[1] * 50 * jnp.sum(x**2)},
         names=("soft", "stiff"),
     )
-    optimizer = sg.small_gain(optax.sgd(5e-3), losses, policy="fair")
+    optimizer = sg.small_gain(optax.sgd(0.5), losses, policy="fair")
 
     def step(carry, i):
         x, state = carry
@@ -289,7 +290,7 @@ def test_one_task_a_batch_is_measured_all_the_same():
     run = jax.jit(lambda c: jax.lax.scan(step, c, jnp.arange(2000))[0])
     x, state = run((jnp.ones(2), optimizer.init(jnp.ones(2))))
     np.testing.assert_allclose(state.info.cost[:, 0], [2, 100], rtol=1e-3)
-    np.testing.assert_allclose(state.weights, [25.5, 0.51], rtol=0.02)
+    np.testing.assert_allclose(state.weights, [1 / 4, 1 / 200], rtol=0.02)
     assert np.all(np.abs(x) < 2)
 
 
@@ -446,7 +447,7 @@ def test_hyperparameters_are_injected_around_it():
         optax.sgd(1e-3), sg.terms(soft_and_stiff), policy="fair", ema=optax.constant_schedule(0.5)
     )
     _, state = train(optimizer, soft_and_stiff, jnp.ones(2), 400)
-    np.testing.assert_allclose(state.inner_state.weights, [25.5, 0.51], rtol=1e-2)
+    np.testing.assert_allclose(state.inner_state.weights, [1 / 4, 1 / 200], rtol=1e-2)
     assert float(state.hyperparams["ema"]) == 0.5
 
 
@@ -596,7 +597,7 @@ def test_what_comes_after_it_turns_the_guard_off_and_is_reported(factor):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         step(x, state)
-    shares = sg.small_gain(optax.sgd(0.04 / factor), fn, policy="fair")
+    shares = sg.small_gain(optax.sgd(4 / factor), fn, policy="fair")
 
     def behind():
         train(optax.chain(shares, optax.scale(factor)), fn, jnp.ones(2), 60)

@@ -47,7 +47,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
     optimizer = sg.small_gain(
         OPTIMIZERS[name],
         problem.losses,
-        policy="fair",
+        policy="greedy",
         floor=1,
         ceiling=1,
         guard=None,

@@ -19,7 +19,7 @@ import smallgain_jax
 
 PACKAGE = "smallgain_jax"
 MODULES = ("io", "live", "penalties", "plots", "presets", "report", "scenarios", "suites", "sweep")
-MODULES += ("telemetry", "validation")
+MODULES += ("telemetry", "training", "validation")
 
 _SPAN = re.compile(
     r"^(?P<indent>[ ]*)\$\$(?P<display>.+?)\$\$(?P<tail>[.,;]?)$"

@@ -5,10 +5,13 @@ may be combined with the gradients of the terms. Leaf by leaf, u is set against 
 $g = \sum_k \nabla e_k$ that is computed here. What is a multiple of it (clipping by norm, scaling,
 a mean over K, a frozen leaf) hands its factor $c = \langle u, g \rangle / \langle g, g \rangle$ on,
 
-$$ u + c \sum_k (w_k - 1) \nabla e_k , $$
+$$ c \sum_k w_k \nabla e_k + s (u - c g) , $$
 
-and where u is something else (clipped entry by entry, averaged over steps, another loss), it is
-left as it is: no reweighting, no harm, and a report.
+and where u is something else (clipped entry by entry, averaged over steps, another loss), it goes
+on as s u: no reweighting, no harm, and a report. Here s is the `plain_weight`, 1 but for losses in
+arbitrary units, at which the plain sum is as large as the weighted one. What lies within rounding
+counts as nothing: where one loss is 1e25 times the others, the rounding of its gradient is larger
+than all of theirs.
 """
 
 import warnings
@@ -47,7 +50,8 @@ class Incoming(NamedTuple):
 
     values: jax.Array | None  # [K]; None where nothing evaluated them
     gradients: Any  # [K, ...]; None unless needed
-    reweighted: Callable[[jax.Array], Any]  # weights [K] -> gradient for the base optimizer
+    total: Callable[[jax.Array], Any]  # weights [K] -> gradient of the weighted sum, if known
+    reweighted: Callable[..., Any]  # weights [K], s [] -> gradient for the base optimizer
     fit: jax.Array  # [] cosine between what was handed in and the plain gradient
 
 
@@ -68,7 +72,7 @@ def observe(
     own = per_term or (settings.reweights and not (given.weighted and grads is None))
     if not own:
         # the weights it was handed move too slowly for one update to matter
-        return Incoming(values, grads, lambda _: updates, one)
+        return Incoming(values, grads, lambda _: updates, lambda *_: updates, one)
     if grads is None:
         check_params(params)
     if grads is None and per_term:
@@ -87,15 +91,25 @@ def observe(
         values = settings.mean(found)
         total = lambda mix: settings.mean(pull(mix.astype(found.dtype))[0])  # noqa: E731
     handed = weights if given.weighted else jnp.ones_like(weights)
-    factors, fit = compare(updates, total(handed))
+    plain = total(handed)
+    factors, fit = compare(updates, plain)
 
-    def reweighted(weights: jax.Array) -> Any:
-        def leaf(u: jax.Array, factor: jax.Array, more: jax.Array) -> jax.Array:
-            return (u + factor.astype(more.dtype) * more).astype(u.dtype)
+    def reweighted(weights: jax.Array, scale: jax.Array) -> Any:
+        def leaf(u: jax.Array, c: jax.Array, g: jax.Array, whole: jax.Array) -> jax.Array:
+            rest = u - c.astype(g.dtype) * g
+            top = jnp.max(jnp.abs(u), initial=0.0)
+            noise = jnp.max(jnp.abs(rest), initial=0.0) <= _rounding(u.dtype) * top
+            rest = scale.astype(rest.dtype) * jnp.where(noise, 0, rest)
+            return (c.astype(whole.dtype) * whole + rest).astype(u.dtype)
 
-        return jax.tree.map(leaf, updates, factors, total(weights - handed))
+        return jax.tree.map(leaf, updates, factors, plain, total(weights))
 
-    return Incoming(values, grads, reweighted, fit)
+    return Incoming(values, grads, total, reweighted, fit)
+
+
+def _rounding(dtype: Any) -> float:
+    """Within it two programs for one gradient agree, sums that cancel included."""
+    return float(jnp.finfo(dtype).eps) ** 0.5
 
 
 def compare(updates: Any, plain: Any) -> tuple[Any, jax.Array]:
@@ -108,12 +122,14 @@ def compare(updates: Any, plain: Any) -> tuple[Any, jax.Array]:
     dtype = jnp.result_type(jnp.float32, *(leaf.dtype for leaf in jax.tree.leaves(plain)))
 
     def leaf(u: jax.Array, g: jax.Array) -> tuple[jax.Array, ...]:
+        rounded = u.dtype
         u, g = u.astype(dtype), g.astype(dtype)
         # relative to the largest entry: squares of gradients of 1e20 leave the range of float32
         top = jnp.max(jnp.abs(g), initial=0.0)
         scale = jnp.where((top > 0) & jnp.isfinite(top), top, 1)
         size = jnp.sum((g / scale) ** 2)
         factor = jnp.sum((g / scale) * (u / scale)) / jnp.where(size > 0, size, 1)
+        factor = jnp.where(jnp.abs(factor - 1) <= _rounding(rounded), 1, factor)
         return (
             factor,
             jnp.max(jnp.abs(u - factor * g), initial=0.0),

@@ -37,15 +37,15 @@ def _spend(settings: Settings, cost: jax.Array) -> Callable[..., Any]:
 
 
 def _fair(settings: Settings, state: TrainingState, prices: Prices) -> jax.Array:
-    cost = prices.cost
+    # in the unit of each loss, so that no constant factor of one is felt
+    cost = state.first_weights[:, None] * prices.cost
     num_terms = cost.shape[0]
-    given = (1.0,) * num_terms if settings.priorities is None else settings.priorities
     lower = jnp.full(num_terms, settings.floor, cost.dtype)
     upper = jnp.full(num_terms, settings.ceiling, cost.dtype)
-    # shares of what the reference weights cost: no common factor, only ratios, move
+    # shares of what the first weights cost: no common factor, only ratios, move
     budget = jnp.sum(cost, axis=0) - matmul(lower, cost)
     shares = _spend(settings, cost)(
-        jnp.asarray(given, cost.dtype),
+        settings.parts(num_terms, cost.dtype),
         lower=lower,
         upper=upper,
         row_budget=jnp.maximum(budget, 0),

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from smallgain_jax._tree import HIGHEST
 from smallgain_jax.losses.losses import Batch, Losses
@@ -66,8 +65,15 @@ class Sight(NamedTuple):
     batch: Batch
     inverse_root: Any  # P^{-1/2}; None for the identity
     adaptive: bool  # whether it comes from the gradients, and so from the weights
+    early: jax.Array  # [] bool, whether the metric means nothing yet; the identity stands for it
+    new: jax.Array  # [] bool, whether the loss in turn has no weight yet
     gradient: Any  # of the weighted sum, as far as it is known
     term_gradients: Any  # [K, ...] on this batch; None where they are not known
+
+
+def unseen(state: TrainingState) -> jax.Array:
+    """Whether no loss has a first weight yet []."""
+    return jnp.all(state.first_weights <= 0)
 
 
 def known_prices(state: TrainingState) -> Prices:
@@ -83,26 +89,35 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     stays, and the turn is tried again at the next updates, K of them at most.
     """
     num_terms = state.weights.shape[0]
-    eye = np.eye(num_terms)
+    eye = jnp.eye(num_terms, dtype=state.weights.dtype)
     afresh = None
     if state.vectors.each is None:
         random = random_vector(1, state.vectors.total)
         afresh = jax.tree.map(jnp.add, state.vectors.total, random)
     price = partial(_price_of_one, losses, settings, state, sight, afresh)
+    unit = jnp.where(state.first_weights > 0, state.first_weights, 1)
     total = partial(_price_of_sum, losses, settings, state, sight)
 
     def look(turn: jax.Array, known: _Known) -> _Known:
         if num_terms <= SWITCHED:
-            each = [partial(price, eye[k], k) for k in range(num_terms)]
+            each = [
+                partial(price, [unit[k] if j == k else 0 for j in range(num_terms)], unit[k], k)
+                for k in range(num_terms)
+            ]
             found: _Known = jax.lax.switch(turn, [*each, total], known)
             return found
-        one = lambda known: price(jnp.asarray(eye)[turn], turn, known)  # noqa: E731
+        one = lambda known: price(eye[turn] * unit, unit[turn], turn, known)  # noqa: E731
         return jax.lax.cond(turn < num_terms, one, total, known)
 
     everything = ~(state.info.sharpness > 0)
+    first = jnp.where(everything & ~sight.new, 0, state.turn)
+    stop = jnp.where(everything, num_terms + 1, state.turn + 1)
+    # too early for the metric: only what it takes to have units
+    stop = jnp.where(sight.early, jnp.where(unseen(state), num_terms, first), stop)
+    stop = jnp.where(sight.new, state.turn + 1, stop)
     prices, vectors, found = jax.lax.fori_loop(
-        jnp.where(everything, 0, state.turn),
-        jnp.where(everything, num_terms + 1, state.turn + 1),
+        first,
+        stop,
         look,
         (known_prices(state), state.vectors, jnp.ones((), bool)),
     )
@@ -153,6 +168,7 @@ def _price_of_one(
     sight: Sight,
     afresh: Any,
     mix: Any,
+    unit: jax.Array,
     k: Any,
     known: _Known,
 ) -> _Known:
@@ -166,11 +182,12 @@ def _price_of_one(
         start = afresh
         iterations = jnp.maximum(iterations, AFRESH)
     cost, vector = _curvature(losses, settings, state, sight, mix, start, labels, iterations)
+    cost = cost / unit
     seen = jnp.isfinite(cost) & (cost > 0)
     cost = jnp.where(seen, cost, prices.cost[k])
     prices = prices._replace(cost=prices.cost.at[k].set(cost))
     if settings.policy == "fair" and sight.adaptive:
-        answers = _response(losses, settings, state, sight, mix, k, vector)
+        answers = _response(losses, settings, state, sight, mix, state.weights[k] / unit, vector)
         prices = prices._replace(response=prices.response.at[k].set(answers))
     if own:
         each = jax.tree.map(lambda all_, v: all_.at[k].set(v), vectors.each, vector)
@@ -187,13 +204,16 @@ def _price_of_sum(
 ) -> _Known:
     prices, vectors, found = known
     labels, names = label_blocks(sight.params, settings.blocks)
+    weights = state.weights
+    if settings.unitless:
+        weights = jnp.where(unseen(state), first_shares(settings, prices.cost), weights)
     look = partial(
         _curvature,
         losses,
         settings,
         state,
         sight,
-        state.weights,
+        weights,
         iterations=_iterations(settings, state),
     )
     (total,), vector = look(vectors.total, [0] * len(labels))
@@ -207,23 +227,32 @@ def _price_of_sum(
     return prices._replace(sharpness=total, row_sharpness=rows), vectors, found
 
 
+def first_shares(settings: Settings, cost: jax.Array) -> jax.Array:
+    """Weights [K] at which costs are as priorities say, and 1 in all; 0 without a cost."""
+    price = jnp.sum(cost, axis=1)
+    parts = settings.parts(price.shape[0], price.dtype)
+    return jnp.where(price > 0, parts / jnp.where(price > 0, price, 1), 0)
+
+
 def _response(
     losses: Losses,
     settings: Settings,
     state: TrainingState,
     sight: Sight,
     mix: Any,
-    k: Any,
+    weight: jax.Array,
     vector: Any,
 ) -> jax.Array:
-    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k."""
+    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k.
+
+    `weight` is w_k over its entry in `mix`.
+    """
     if sight.term_gradients is not None:
-        own = jax.tree.map(lambda g: g[k], sight.term_gradients)
+        own = jax.tree.map(partial(mixed, jnp.asarray(mix)), sight.term_gradients)
     else:
         slope = jax.grad(mixture(losses.parts, mix))
         own = settings.mean(slope(sight.params, *sight.batch.args, **sight.batch.kwargs))
     dtype = state.info.cost.dtype
-    weight = state.weights[k]
 
     def parts(g: jax.Array, whole: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         g, whole, v = (x.astype(dtype) for x in (g, whole, v))

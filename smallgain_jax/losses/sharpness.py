@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from smallgain_jax.losses.losses import Batch, Losses, check_params, check_real
@@ -36,14 +35,14 @@ def hessian_product(
 
     Args:
       losses: the terms.
-      mix: m, float [K]; zeros that are known at trace time cost nothing.
+      mix: m, float [K], an array or a list; zeros known at trace time cost nothing.
       params: where, a pytree of floating arrays.
       batch: what else the losses take.
       gradient: unused; it is what `difference_product` starts from.
 
     >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
-    >>> hessian_product(losses, np.array([1.0, 0.0]), jnp.array([1.0, 2.0]), Batch())(jnp.ones(2))
+    >>> hessian_product(losses, [1.0, 0.0], jnp.array([1.0, 2.0]), Batch())(jnp.ones(2))
     Array([2., 2.], dtype=float32)
     """
     del gradient
@@ -77,7 +76,7 @@ def difference_product(
 
     >>> from smallgain_jax.losses.losses import Batch, terms
     >>> losses = terms(lambda x: {"a": jnp.sum(x**2), "b": jnp.prod(x)})
-    >>> mix = np.array([0.0, 1.0])
+    >>> mix = [0.0, 1.0]
     >>> product = difference_product(losses, mix, jnp.array([1.0, 2.0]), Batch())
     >>> product(jnp.array([1.0, 0.0])).round(2)
     Array([0., 1.], dtype=float32)
@@ -133,7 +132,7 @@ def gauss_newton_product(
 
 def mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., jax.Array]:
     """The weighted sum, without the terms whose weight is known to be zero: they cost nothing."""
-    chosen = range(len(mix)) if not isinstance(mix, np.ndarray) else np.flatnonzero(mix)
+    chosen = [k for k in range(len(mix)) if isinstance(mix, jax.Array) or not _is_zero(mix[k])]
 
     def mixture(at: Any, *args: Any, **kwargs: Any) -> jax.Array:
         found = parts(at, *args, **kwargs)
@@ -141,6 +140,10 @@ def mixture(parts: Callable[..., list[jax.Array]], mix: Any) -> Callable[..., ja
         return sum(terms[1:], terms[0])
 
     return mixture
+
+
+def _is_zero(number: Any) -> bool:
+    return not isinstance(number, jax.Array) and number == 0
 
 
 PRODUCTS: dict[str, Callable[..., Product]] = {

@@ -46,6 +46,7 @@ from smallgain_jax.losses.prices import (
     known_prices,
     limit_of,
     measure,
+    unseen,
 )
 from smallgain_jax.losses.sharpness import PRODUCTS
 from smallgain_jax.losses.state import (
@@ -56,6 +57,7 @@ from smallgain_jax.losses.state import (
     highest,
     initial_state,
 )
+from smallgain_jax.losses.units import Units, find_units, plain_weight
 from smallgain_jax.losses.watch import (
     LEARNING,
     Verdict,
@@ -116,11 +118,14 @@ def loss_small_gain(
     * "reference", the default, leaves them at 1: the objective is the one that the user wrote, and
       what is handed in goes to the base optimizer as it is. Prices are for reading, and measured at
       every twentieth look only.
-    * "fair" moves $\log w_k$ towards $p_k \sum_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional
-      fairness (Kelly, Maulloo and Tan 1998) at the total cost of the reference: every loss gets its
-      share of the margin. For losses in arbitrary units that can all vanish (physics-informed
-      networks). **It solves another problem** where weights are meant: a small regularizer is
-      raised hundreds of times.
+    * "fair" starts from weights that make the losses cost alike at the first batch, so that a
+      constant factor of a loss changes nothing (see `units`), and moves $\log w_k$ towards
+      $p_k \sum_j w^0_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional fairness (Kelly, Maulloo
+      and Tan 1998) at the total cost under the first weights $w^0$: every loss gets its share of
+      the margin. For losses in arbitrary units that can all vanish (physics-informed networks).
+      Under an optimizer that feels a common factor, the learning rate is relative to the curvature
+      at the first batch: gradient descent is stable there below 2. **It solves another problem**
+      where weights are meant: a small regularizer is raised hundreds of times.
     * "greedy" raises and sheds by value over cost, where losses agree and the margin has slack.
 
     With weights other than 1 the gradient is this transformation's own, and takes over a common
@@ -146,12 +151,13 @@ def loss_small_gain(
       metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
         `params`, positive.
       priorities: p_k, float [K], positive; None for ones ("fair").
-      floor, ceiling: bounds of every weight.
+      floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
-      anneal: schedule a(count) in [0, 1]; $w_k^a$ is in force, so that 0 is the reference.
-      warmup: updates during which nothing is priced; None for 100 with the Adam family, whose
-        second moments mean nothing before, else 0.
+      anneal: schedule a(count) in [0, 1]; $w_k^a s^{1-a}$ is in force, so that 0 is the reference,
+        at s = 1 or, for "fair", at the common factor under which the plain sum costs as much.
+      warmup: updates during which nothing is priced, and first weights hold; None for 100 with the
+        Adam family, whose second moments mean nothing before, else 0.
       curvature: "hessian"; "gauss_newton" for terms made with `outputs`; or "difference" of two
         gradients, a third of the time and no memory of its own, for float32 or wider.
       iterations: of power iteration at each turn.
@@ -183,7 +189,7 @@ def loss_small_gain(
     >>> def losses(x):
     ...     return {"soft": jnp.sum((x - 1) ** 2), "stiff": 50 * jnp.sum(x**2)}
     >>> from smallgain_jax.losses.losses import terms
-    >>> optimizer = loss_small_gain(optax.sgd(0.01), terms(losses), policy="fair", every=1)
+    >>> optimizer = loss_small_gain(optax.sgd(0.1), terms(losses), policy="fair", every=1)
     >>> x = jnp.ones(2)
     >>> state = optimizer.init(x)
     >>> @jax.jit
@@ -193,8 +199,8 @@ def loss_small_gain(
     ...     return optax.apply_updates(x, updates), state
     >>> for _ in range(100):
     ...     x, state = step(x, state)
-    >>> state.info.share.round(2).tolist(), state.weights.round(1).tolist()
-    ([0.5, 0.5], [25.5, 0.5])
+    >>> state.info.share.round(2).tolist(), (1 / state.weights).round().tolist()
+    ([0.5, 0.5], [4.0, 200.0])
     """
     check_optimizer("base_optimizer", base_optimizer)
     terms.check_countable()
@@ -237,15 +243,27 @@ class _Wiring(NamedTuple):
     aggregates: bool
 
 
+class _Look(NamedTuple):
+    """Where an update looks. K losses."""
+
+    params: Any
+    batch: Batch  # to measure curvature on
+    own: Batch  # of the update itself
+    appeared: jax.Array  # [K] bool, losses to be weighed that no batch held before
+    updates: Any  # what was handed in, where that is the weighted gradient; or None
+
+
 class _Decision(NamedTuple):
     """All that changes only where something is measured."""
 
     measured: Measured
+    first_weights: jax.Array  # [K]
     log_weights: jax.Array  # [K]
     scores: jax.Array  # [K]
     balance_residual: jax.Array  # []
     interaction_ratio: jax.Array  # []
     reported: jax.Array  # [] bool
+    updates: Any  # what was handed in, or the gradient by weights that are new; or None
 
 
 class _Judgement(NamedTuple):
@@ -294,13 +312,18 @@ def _transformation(
         )
         foreign = held_foreign(state.foreign, seen.fit)
         healthy = _healthy(updates, seen, extra_args.get("value"))
-        due = healthy & (state.wait <= 0)
+        appeared = _appeared(settings, state, seen.values)
+        due = healthy & ((state.wait <= 0) | jnp.any(appeared))
         same = seen if curvature_args is None else seen._replace(gradients=None)
-        decision = _decide(wiring, state, params, at, same, due, blind)
-        weights = _in_force(settings, state, decision.log_weights, foreign)
+        own = batch if losses.lacks(batch) is None else at
+        late = settings.unitless and given.weighted and given.term_grads is None
+        look = _Look(params, at, own, appeared, updates if late else None)
+        decision = _decide(wiring, state, look, same, due, blind)
+        weights = _in_force(settings, state, decision, foreign)
         judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
 
-        gradient = seen.reweighted(weights)
+        plain = plain_weight(settings, decision.first_weights)
+        gradient = decision.updates if late else seen.reweighted(weights, plain)
         if aggregates:
             gradient = jax.tree.map(partial(_times, weights), seen.gradients)
         gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
@@ -318,6 +341,7 @@ def _transformation(
         new_state = TrainingState(
             count=jnp.where(healthy, optax.safe_increment(state.count), state.count),
             weights=jnp.where(healthy, weights, state.weights),
+            first_weights=decision.first_weights,
             log_weights=decision.log_weights,
             scores=decision.scores,
             turn=measured.turn,
@@ -383,7 +407,7 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
     if not wiring.aggregates:
         _warn_of_no_limit(settings, wiring.probe(params))
     dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
-    return initial_state(wiring.base, params, len(names), settings, dtype)
+    return initial_state(wiring.base, params, names, settings, dtype)
 
 
 def _warn_of_no_limit(settings: Settings, probe: Probe) -> None:
@@ -484,25 +508,33 @@ def finite(tree: Any) -> jax.Array:
     return sum(zeros, jnp.zeros(())) == 0
 
 
+def _appeared(settings: Settings, state: TrainingState, values: Any) -> jax.Array:
+    """Losses that were 0 so far, and have no weight for that, and are something now [K]."""
+    if values is None or not settings.unitless:
+        return jnp.zeros(state.weights.shape, bool)
+    return (state.first_weights <= 0) & (state.info.losses == 0) & (values != 0)
+
+
 def _decide(
     wiring: _Wiring,
     state: TrainingState,
-    params: Any,
-    batch: Batch,
+    at: _Look,
     seen: Incoming,
     due: jax.Array,
     blind: bool,
 ) -> _Decision:
     """Price what is in turn, and move the weights, where that is due."""
-    losses, settings = wiring.losses, wiring.settings
+    settings, params = wiring.settings, at.params
     info = state.info
     kept = _Decision(
         Measured(known_prices(state), state.vectors, state.turn, state.misses),
+        state.first_weights,
         state.log_weights,
         state.scores,
         info.balance_residual,
         info.interaction_ratio,
         state.reported,
+        at.updates,
     )
     if blind or not state.weights.size:
         return kept
@@ -511,17 +543,20 @@ def _decide(
     warmup = settings.warmup
     if warmup is None:
         warmup = ADAPTIVE_WARMUP if adaptive else 0
+    asked = due & (state.count >= warmup)
+    early = jnp.zeros((), bool)
+    if settings.unitless:
+        early = (state.count < warmup) | (unseen(state) & adaptive)
+        asked = asked | (due & jnp.any(state.first_weights <= 0))
 
     def look() -> _Decision:
-        plain = seen.reweighted(state.weights)
-        present = probe.present(state.base_state)
-        root = inverse_root_of(settings, probe, state, params, present)
-        sight = Sight(params, batch, root, adaptive, plain, seen.gradients)
-        measured = measure(losses, settings, state, sight)
-        prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
+        measured, units = _priced(wiring, state, at, seen, probe, early)
+        prices, weighed = measured.prices, state._replace(first_weights=units.first_weights)
         log_weights, scores = decide(
-            settings, adaptive or not probe.known, state, seen.gradients, prices
+            settings, adaptive or not probe.known, weighed, seen.gradients, prices
         )
+        log_weights = jnp.where(early, state.log_weights, log_weights)
+        prices = select(early, known_prices(state)._replace(limit=prices.limit), prices)
         foreign = is_foreign(seen.fit)
         if settings.reweights:
             new = foreign & ~state.reported
@@ -531,14 +566,57 @@ def _decide(
             balance, ratio = balance_residual(seen.gradients), interaction_ratio(seen.gradients)
         measured = measured._replace(prices=prices)
         reported = state.reported | foreign
-        return cast_like(_Decision(measured, log_weights, scores, balance, ratio, reported), kept)
+        first, updates = units.first_weights, units.gradient
+        found = (measured, first, log_weights, scores, balance, ratio, reported, updates)
+        return cast_like(_Decision(*found), kept)
 
-    asked = due & (state.count >= warmup)
     if not settings.reweights and isinstance(settings.guard, str | None) and not settings.row_gains:
         first = ~(info.sharpness > 0) | (state.misses > 0)
         asked = asked & (first | (state.looks % READING == 0))
     found: _Decision = when(asked, look, lambda: kept)
     return found
+
+
+def _priced(
+    wiring: _Wiring,
+    state: TrainingState,
+    at: _Look,
+    seen: Incoming,
+    probe: Probe,
+    early: jax.Array,
+) -> tuple[Measured, Units]:
+    """What the losses cost, and first weights for those that have none."""
+    losses, settings, params = wiring.losses, wiring.settings, at.params
+    adaptive = settings.metric is not None or probe.adaptive
+    present = probe.present(state.base_state)
+    root = inverse_root_of(settings, probe, state, params, present)
+    if settings.unitless and adaptive:
+        root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
+    new = jnp.any(at.appeared) & ~unseen(state)
+    turn = jnp.where(new, jnp.argmax(at.appeared), state.turn).astype(jnp.int32)
+    plain = seen.total(state.weights)
+    sight = Sight(params, at.batch, root, adaptive, early, new, plain, seen.gradients)
+    measured = measure(losses, settings, state._replace(turn=turn), sight)
+    aside = select(early | new, (state.turn, state.misses), (measured.turn, measured.misses))
+    measured = measured._replace(turn=aside[0], misses=aside[1])
+    prices = measured.prices._replace(limit=limit_of(settings, probe, state, present))
+    if not settings.unitless:
+        known = Units(state.first_weights, jnp.ones_like(prices.sharpness), at.updates)
+        return measured._replace(prices=prices), known
+    units = find_units(
+        losses,
+        settings,
+        state,
+        prices.cost,
+        (params, at.own),
+        feels=probe.known and not adaptive,
+        updates=at.updates,
+    )
+    prices = prices._replace(
+        sharpness=units.factor * prices.sharpness,
+        row_sharpness=units.factor * prices.row_sharpness,
+    )
+    return measured._replace(prices=prices), units
 
 
 def _judge(
@@ -591,11 +669,16 @@ def _judge(
 
 
 def _in_force(
-    settings: Settings, state: TrainingState, log_weights: jax.Array, foreign: jax.Array
+    settings: Settings, state: TrainingState, decision: _Decision, foreign: jax.Array
 ) -> jax.Array:
-    """The weights by which this update descends: 1 where it cannot be reweighted."""
-    keep = 1.0 if settings.anneal is None else settings.anneal(state.count)
-    return jnp.where(foreign > 0, 1, jnp.exp(keep * log_weights))
+    """The weights by which this update descends: one for all where it cannot be reweighted."""
+    first = decision.first_weights
+    weights, plain = first * jnp.exp(decision.log_weights), plain_weight(settings, first)
+    if settings.anneal is not None:
+        known, keep = weights > 0, settings.anneal(state.count)
+        over = jnp.log(jnp.where(known, weights / plain, 1))
+        weights = jnp.where(known, plain * jnp.exp(keep * over), weights)
+    return jnp.where(foreign > 0, plain, weights)
 
 
 def _weighted_args(
@@ -631,7 +714,7 @@ def _factors(settings: Settings, state: TrainingState, decision: _Decision) -> _
     prices = decision.measured.prices
     # weights moved since the sum was measured: scale its sharpness with the total cost
     before, after = (
-        vdot(jnp.exp(w), jnp.sum(prices.cost, axis=1))
+        vdot(decision.first_weights * jnp.exp(w), jnp.sum(prices.cost, axis=1))
         for w in (state.log_weights, decision.log_weights)
     )
     drift = jnp.where(before > 0, after / jnp.where(before > 0, before, 1), 1)
@@ -755,6 +838,7 @@ def _info(
         interaction_ratio=decision.interaction_ratio,
         accepted=healthy & ~judged.rewind,
         skipped=state.info.skipped + ~healthy,
+        names=state.info.names,
     )
 
 

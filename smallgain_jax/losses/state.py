@@ -52,6 +52,17 @@ class Settings(NamedTuple):
         """Whether weights may leave 1."""
         return self.policy != "reference"
 
+    @property
+    def unitless(self) -> bool:
+        """Whether a constant factor of a loss must not change a run."""
+        return self.policy == "fair"
+
+    def parts(self, num_terms: int, dtype: Any) -> jax.Array:
+        """What part [K] of the total cost each loss is to have."""
+        given = (1.0,) * num_terms if self.priorities is None else tuple(self.priorities)
+        found = jnp.asarray(given, dtype)
+        return found / jnp.sum(found)
+
 
 class Vectors(NamedTuple):
     """Where power iteration goes on, in the base optimizer's metric. K losses."""
@@ -61,7 +72,17 @@ class Vectors(NamedTuple):
     each: Any  # [K, ...] for each loss; None where they start from `total`
 
 
-@shows(bars="share")
+@jax.tree_util.register_static
+class Names(tuple[str, ...]):
+    """Names of losses: part of a state's structure, no leaf of it."""
+
+    __slots__ = ()
+
+    def __getnewargs__(self) -> tuple[tuple[str, ...]]:
+        return (tuple(self),)
+
+
+@shows(bars="share", labels="names", labelled=("losses", "share", "response"))
 class TrainingInfo(NamedTuple):
     """What a reader of one update wants to know. K losses, R rows (blocks of parameters).
 
@@ -86,15 +107,21 @@ class TrainingInfo(NamedTuple):
     interaction_ratio: jax.Array  # [] I likewise
     accepted: jax.Array  # [] bool; False for an update skipped as not finite, or a rewind
     skipped: jax.Array  # [] int32, updates so far in which something was not finite
+    names: Names  # of the losses, in the order of every [K]; static
 
 
-@shows(bars="info.share")
+@shows(
+    bars="info.share",
+    labels="info.names",
+    labelled=("weights", "first_weights", "log_weights"),
+)
 class TrainingState(NamedTuple):
     """State of `small_gain` around the losses of a model. K losses."""
 
     count: jax.Array  # type: ignore[assignment]  # [] int32, updates that were not skipped
     weights: jax.Array  # [K] in force at this update; 1 is the reference objective
-    log_weights: jax.Array  # [K] as decided, before any return to the reference
+    first_weights: jax.Array  # [K] by which losses have no units; 0 until a loss is seen; else 1
+    log_weights: jax.Array  # [K] log of the weight as decided over the first, before `anneal`
     scores: jax.Array  # [K] moving averages of value over cost
     turn: jax.Array  # [] int32, the loss to be priced next; K for the sum
     wait: jax.Array  # [] int32, updates until the next look
@@ -114,9 +141,14 @@ def highest(dtype: Any) -> float:
 
 
 def initial_state(
-    base: optax.GradientTransformation, params: Any, num_terms: int, settings: Settings, dtype: Any
+    base: optax.GradientTransformation,
+    params: Any,
+    names: Sequence[str],
+    settings: Settings,
+    dtype: Any,
 ) -> TrainingState:
     """The state before the first update, every field in a buffer of its own."""
+    num_terms = len(names)
     rows = len(label_blocks(params, settings.blocks)[1])
 
     def full(fill: float, *shape: int) -> jax.Array:
@@ -140,6 +172,7 @@ def initial_state(
         interaction_ratio=full(-1),
         accepted=jnp.ones((), bool),
         skipped=zero_count(),
+        names=Names(names),
     )
     each = None
     if settings.reweights and num_terms <= UNROLLED:
@@ -152,6 +185,7 @@ def initial_state(
     return TrainingState(
         count=zero_count(),
         weights=full(1, num_terms),
+        first_weights=full(0 if settings.unitless else 1, num_terms),
         log_weights=full(0, num_terms),
         scores=full(0, num_terms),
         turn=zero_count(),

@@ -1,0 +1,186 @@
+"""Factors of losses, which are units, change nothing under fair shares; what does is written."""
+
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smallgain_jax as sg
+from smallgain_jax.losses.state import Settings
+from smallgain_jax.losses.units import plain_weight
+
+X = np.linspace(-1, 1, 16)[:, None]
+
+
+def network_losses(params, factors):
+    """A fit, a stiff one on few points, and a small one of a single layer, times factors [3]."""
+    dtype = params["in"].dtype
+    y = jnp.tanh(jnp.asarray(X, dtype) @ params["in"]) @ params["out"]
+    factors = factors.astype(dtype)
+    return {
+        "fit": factors[0] * jnp.mean((y - jnp.asarray(np.sin(3 * X[:, 0]), dtype)) ** 2),
+        "stiff": factors[1] * 50 * jnp.mean(y[:4] ** 2),
+        "size": factors[2] * 1e-2 * jnp.sum(params["in"] ** 2),
+    }
+
+
+START = {
+    "in": np.linspace(-1, 1, 6, dtype=np.float32)[None, :],
+    "out": np.linspace(-0.5, 1, 6, dtype=np.float32),
+}
+LOSSES = sg.terms(network_losses, names=("fit", "stiff", "size"))
+BASES = {
+    "adam": lambda: optax.adam(1e-2),
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
+}
+
+
+@lru_cache
+def training(base, weighted, x64):
+    """A compiled run of 60 updates: factors [3] -> parameters, weights times factors, shares."""
+    del x64
+    optimizer = sg.small_gain(BASES[base](), LOSSES, policy="fair", warmup=20, every=4)
+
+    def step(factors, carry, _):
+        params, state = carry
+        given = {"term_args": (factors,)}
+        if weighted:
+            values, gradient = LOSSES.value_and_weighted_grad(state.weights, params, factors)
+            given |= {"term_values": values, "weighted": True}
+        else:
+            gradient = jax.grad(lambda p: LOSSES.values(p, factors).sum())(params)
+        updates, state = optimizer.update(gradient, state, params, **given)
+        return (optax.apply_updates(params, updates), state), None
+
+    def run(factors):
+        params = jax.tree.map(jnp.asarray, START)
+        start = params, optimizer.init(params)
+        (params, state), _ = jax.lax.scan(partial(step, factors), start, length=60)
+        return params, state.weights * factors, state.info.share
+
+    return jax.jit(run)
+
+
+FACTORS = [
+    2.0 ** np.array([10, -20, 5]),
+    2.0 ** np.array([80, -80, 0]),
+    2.0 ** np.array([-82, -82, -82]),
+    2.0 ** np.array([82, 82, 82]),
+]
+
+
+@pytest.mark.filterwarnings("ignore:base_optimizer")
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_factors_change_nothing(base, weighted, x64):
+    run = training(base, weighted, x64)
+    plain = run(jnp.ones(3, jnp.float32))
+    assert np.ptp(plain[1]) > 1
+    for factors in FACTORS:
+        found = run(jnp.asarray(factors, jnp.float32))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_array_equal(a, b)
+    for factors in ([1e-25, 1e25, 1.0], [1e25] * 3, [1e-25] * 3, [1e3, 1e-3, 30.0]):
+        found = run(jnp.asarray(factors, jnp.float32))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def quadratics(x):
+    return {"soft": jnp.sum(x**2), "stiff": 50 * jnp.sum((x - 1) ** 2)}
+
+
+def first_update(base, losses, x, **settings):
+    optimizer = sg.small_gain(base, losses, policy="fair", **settings)
+    gradient = jax.grad(lambda x: sum(losses(x).values()))(x)
+    return jax.jit(optimizer.update)(gradient, optimizer.init(x), x)
+
+
+@pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
+def test_gradient_descent_has_a_total_cost_of_one(priorities):
+    """Curvatures 2 and 100: weights p_k / lambda_k from the first update on, stable below 2."""
+    parts = np.array([0.5, 0.5] if priorities is None else [0.75, 0.25])
+    updates, state = first_update(optax.sgd(1.0), quadratics, jnp.ones(3), priorities=priorities)
+    np.testing.assert_allclose(state.weights, parts / [2, 100], rtol=1e-4)
+    np.testing.assert_allclose(state.info.share, parts, rtol=1e-4)
+    np.testing.assert_allclose(state.info.sharpness_ratio, 1 / 2, rtol=1e-3)
+    # one Newton step of the weighted sum: its minimum is the mean by the parts
+    np.testing.assert_allclose(1 + updates, parts[1], rtol=1e-3)
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:base_optimizer")
+def test_whom_no_factor_moves_gets_entries_of_one():
+    """The identity hands on what it is given: a gradient of 1 in the root mean square."""
+    start = jnp.array([1.0, 2.0, 5.0])
+    gradient, state = first_update(optax.identity(), quadratics, start)
+    np.testing.assert_allclose(np.mean(gradient**2), 1, rtol=1e-5)
+    np.testing.assert_allclose(state.weights[0] / state.weights[1], 50, rtol=1e-4)
+    expected = 2 * start / 2 + 100 * (start - 1) / 100
+    np.testing.assert_allclose(gradient, expected / np.sqrt(np.mean(expected**2)), rtol=1e-4)
+
+
+@pytest.mark.once
+def test_a_loss_that_does_not_bend_is_weighed_by_its_slope():
+    slope = jnp.array([3.0, 4.0])
+    losses = lambda x: {"bowl": jnp.sum((x - 1) ** 2), "line": 1e6 * slope @ x}
+    _, state = first_update(optax.sgd(0.1), losses, jnp.array([1.0, 2.0]))
+    # lambda = 2 of priority 1/2; its weighted gradient has length 2 / 4, the line's 5e6
+    np.testing.assert_allclose(state.weights, [1 / 4, 0.5 / 5e6], rtol=1e-4)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("base", ["adam", "sgd"])
+def test_a_loss_that_comes_later_is_weighed_then(base):
+    """Each batch holds one of two tasks; their factors do not matter either."""
+    optimizer = sg.small_gain(
+        BASES[base](),
+        sg.terms(
+            lambda x, on: {
+                "a": on[0] * jnp.sum((x - 1) ** 2),
+                "b": on[1] * 50 * jnp.sum((x - 2) ** 2),
+            },
+            names=("a", "b"),
+        ),
+        policy="fair",
+        warmup=10,
+    )
+
+    @jax.jit
+    def run(factors):
+        def step(carry, i):
+            x, state = carry
+            on = jnp.where(i % 2 == jnp.arange(2), factors, 0)
+            gradient = jax.grad(
+                lambda x: on[0] * jnp.sum((x - 1) ** 2) + 50 * on[1] * jnp.sum((x - 2) ** 2)
+            )(x)
+            updates, state = optimizer.update(gradient, state, x, term_args=(on,))
+            return (optax.apply_updates(x, updates), state), state.first_weights
+
+        start = jnp.zeros(3), optimizer.init(jnp.zeros(3))
+        (x, state), first = jax.lax.scan(step, start, jnp.arange(400))
+        return x, state.weights * factors, first[5] * factors
+
+    plain = run(jnp.ones(2))
+    assert np.all(plain[1] > 0)
+    assert np.all(plain[2] > 0), "known within a few batches"
+    assert np.all((plain[0] > 1) & (plain[0] < 2))
+    for factors in ([2.0**30, 2.0**-40], [2.0**-60, 2.0**-60]):
+        for a, b in zip(run(jnp.asarray(factors)), plain, strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.once
+def test_the_plain_sum_at_the_scale_of_fair_shares():
+    settings = Settings(*(None,) * len(Settings._fields))
+    fair = settings._replace(policy="fair")
+    # costs p / w = 1/3 and 6.67e-1 ... in all what the parts add up to
+    first = jnp.array([1.5, 0.005])
+    np.testing.assert_allclose(plain_weight(fair, first), 1 / (0.5 / 1.5 + 0.5 / 0.005), rtol=1e-6)
+    np.testing.assert_allclose(plain_weight(fair, jnp.array([2.0, 0.0])), 2, rtol=1e-6)
+    assert plain_weight(fair, jnp.zeros(2)) == 1
+    assert plain_weight(settings._replace(policy="greedy"), first) == 1
