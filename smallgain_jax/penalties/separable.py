@@ -9,7 +9,6 @@ from smallgain_jax.penalties.base import (
     Schedule,
     StrengthPenalty,
     bounded_exp,
-    over,
     over_square,
     positive,
     read_positive,
@@ -64,7 +63,9 @@ def _log_one_plus_square_jvp(primals: _Pair, tangents: _Pair) -> _Pair:
     x, delta = primals
     dx, ddelta = tangents
     shrunk, r, cos, _ = polar_in_range(x, delta)
-    along = dx * shrunk * reciprocal(r) - cos * over(ddelta, delta)
+    # not `over`, which is not linear in what it divides
+    small = shrinkage(jax.lax.stop_gradient(delta))
+    along = dx * shrunk * reciprocal(r) - cos * (ddelta * small) * reciprocal(delta * small)
     return log_one_plus_square(x, delta), 2 * cos * along
 
 
