@@ -160,9 +160,12 @@ def check_updates(updates: Any, params: Any) -> None:
 
 def check_count(name: str, value: int | None, least: int) -> None:
     """Raise unless a static number, where there is one, is an integer of at least `least`."""
-    if value is not None and not isinstance(value, int | np.integer):
+    if value is None:
+        return
+    # arrays too: inject_hyperparams makes them of numbers
+    if not np.issubdtype(getattr(value, "dtype", type(value)), np.integer):
         raise TypeError(f"{name} = {value!r} must be an int")
-    if value is not None and value < least:
+    if value < least:
         raise ValueError(f"{name} = {value} must be at least {least}")
 
 
