@@ -35,7 +35,7 @@ def test_a_wrapper_that_does_nothing_has_ratio_one_and_weights_are_reported():
     none = ordinary.run(task, lambda base, _: optax.chain(base), 1e-2, 50, seeds=2)
     plain = ordinary.run(task, ordinary.POLICIES["plain"], 1e-2, 50, seeds=2)
     assert none["final"] == plain["final"]
-    held = ordinary.parsed("fair:warmup=1000,guard=None")
+    held = ordinary.parsed("greedy:warmup=1000,guard=None")
     found = ordinary.run(task, held, 1e-2, 50, seeds=2)
     assert found["weights"] == [[1.0, 1.0, 1.0]] * 2
     np.testing.assert_allclose(found["final"], plain["final"], rtol=1e-4)

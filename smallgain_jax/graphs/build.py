@@ -490,7 +490,9 @@ def _integer(value: Any, fail: Callable[[str], Exception]) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise fail(f"= {value!r} is not an integer") from None
+        raise fail(
+            f"= {value!r} is not an integer: nodes count from 0; sg.io.read_graph takes names"
+        ) from None
     # the column holds int64; what is cut here is refused as a node index anyway
     limits = np.iinfo(np.int64)
     return max(int(limits.min), min(number, int(limits.max)))

@@ -444,6 +444,11 @@ def _common_num_nodes(local: tuple[Any, ...], num_nodes: int | None) -> int:
     return sizes.pop()
 
 
+def _counted_from_one(ends: jax.Array, num_nodes: int) -> str:
+    host = np.asarray(ends)
+    return "; do yours count from 1?" if host.min() >= 1 and host.max() == num_nodes else ""
+
+
 def _check_ends(family: EdgeFamily, num_nodes: int) -> None:
     for name, ends in (("i", family.i), ("j", family.j)):
         if not is_concrete(ends):
@@ -453,5 +458,5 @@ def _check_ends(family: EdgeFamily, num_nodes: int) -> None:
             k = int(outside[0])
             raise ValueError(
                 f"{name}[{k}] = {int(ends[k])} of {family.key} is outside the graph: "
-                f"nodes are 0..{num_nodes - 1}"
+                f"nodes are 0..{num_nodes - 1}{_counted_from_one(ends, num_nodes)}"
             )

@@ -1,5 +1,6 @@
 """What is asked of a relaxation: objective, start and box, checked and made one array."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.conditioning import graph_tolerance
 from smallgain_jax.graphs.descent import Metric, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
+from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.newton import truncated_newton
 from smallgain_jax.graphs.objective import Function, function
 from smallgain_jax.search.box import Box
@@ -53,7 +55,26 @@ def posed(
     if x0.ndim not in (1, 2) or x0.shape[0] != nodes:
         raise ValueError(f"x0 has shape {x0.shape}, expected [{nodes}] or [{nodes}, d]")
     check_finite("x0", x0)
+    if default:
+        _warn_of_targets(objective)
     return objective, x0, _box(UNIT if default else bounds, x0.shape)
+
+
+def _warn_of_targets(graph: EnergyGraph) -> None:
+    """Warn where nodes want values that the box which nobody asked for keeps them from."""
+    for energy in graph.local:
+        target = getattr(energy, "target", None)
+        if not isinstance(energy, Landau) or not is_concrete(target):
+            continue
+        host = np.asarray(target)
+        outside = (host < UNIT[0]) | (host > UNIT[1])
+        if outside.any():
+            warnings.warn(
+                f"target: {outside.sum()} of {host.size} lie outside the box [0, 1], such as "
+                f"{host[outside][0]:g}: the box is the default one, give bounds=(lower, upper), or "
+                "None for no box",
+                stacklevel=4,
+            )
 
 
 def _spread_box(bounds: Any, whole: Function) -> Box | None:

@@ -134,6 +134,8 @@ def relax(
       ValueError: x0 does not fit the graph or is not finite (concrete), lower > upper, bounds or
         rows of another tree, or an unknown `adjoint` or `metric`.
 
+    Warns where targets of a graph lie outside the default box.
+
     >>> from smallgain_jax import Landau, Quadratic
     >>> graph = EnergyGraph(Landau(a=jnp.array([1.0, 1.0])), [Quadratic([0], [1], 0.5)])
     >>> result = relax(graph, jnp.array([1.0, 0.5]))
@@ -278,7 +280,8 @@ def adjoint_report(
 
     >>> import smallgain_jax as sg
     >>> graph = sg.EnergyGraph(sg.Landau([1.0, 1.0], target=[-1.0, 0.5]), sg.Quadratic([0], [1]))
-    >>> report = adjoint_report(graph, relax(graph, jnp.ones(2)).x)
+    >>> box = (0.0, 1.0)
+    >>> report = adjoint_report(graph, relax(graph, jnp.ones(2), bounds=box).x, bounds=box)
     >>> bool(report.sound), int(report.free), int(report.iterations)
     (True, 1, 1)
     """

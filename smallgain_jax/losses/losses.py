@@ -30,8 +30,8 @@ class Batch(NamedTuple):
         if isinstance(given, tuple | list):
             return cls(tuple(given), {})
         raise TypeError(
-            f"{name} must be a tuple, or a dict of named arguments: what the losses take besides "
-            f"params; got {type(given).__name__}"
+            f"{name} must be a tuple, as (x,), or a dict of named arguments: what the losses "
+            f"take besides params; got {type(given).__name__}"
         )
 
 

@@ -562,7 +562,8 @@ def _number_by_name(
 def _not_in_table(nodes: Meaning | None, name: str) -> str:
     called = "node" if nodes is None else nodes.columns["node"].name
     which = "" if called == "node" else f", whose nodes are called by its column {called!r}"
-    return f"node {name!r} is not in the node table{which}"
+    todo = "add a line for it, with blank cells where nothing is known"
+    return f"node {name!r} is not in the node table{which}: {todo}"
 
 
 def _refuse_negative(column: Column, names: Names) -> None:
