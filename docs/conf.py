@@ -25,7 +25,6 @@ extensions = [
     "myst_nb",
     "mathml",
     "docstrings",
-    "measured",
 ]
 exclude_patterns = ["_ext"]
 templates_path = []
