@@ -95,10 +95,10 @@ worlds = {
 # Every method has one setting with five values, chosen by accuracy on the validation matches of all
 # seasons: the prior count of a win rate, the weight of a hinge, the pull to 1, the ridge of the
 # likelihood. Energies are relaxed until no projected gradient step moves a player by more than
-# 1e-5, all seasons and settings in one program.
+# 1e-6, all seasons and settings in one program.
 
 # %%
-TOL = 1e-5
+TOL = 1e-6
 RATIO = 0.9
 PRIORS, WEIGHTS = (0.1, 1.0, 3.0, 10.0, 100.0), (0.1, 1.0, 3.0, 10.0, 100.0)
 PULLS, RIDGES = (0.001, 0.01, 0.03, 0.1, 0.3), (0.01, 0.03, 0.1, 0.3, 1.0)

@@ -23,7 +23,7 @@ from tests.products import SETTINGS, coarse_products
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # tracing makes objects by the million, and a full collection looks at every compiled program
-gc.set_threshold(100_000, 50, 100)
+gc.set_threshold(50_000, 10, 10)
 
 TOGETHER = ("test_demo", "test_live", "test_report", "test_validation")
 """Modules whose tests share something that takes long to make."""
@@ -90,6 +90,7 @@ def forgets():
     _seen += 1
     if _seen % PROGRAMS == 0:
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
