@@ -283,7 +283,7 @@ figure
 # %% [markdown]
 # ## The same likelihood, found by `relax` and by SciPy
 #
-# Both stop when no entry of the gradient exceeds 1e-5, at a ridge of 0.1: all eight seasons with
+# Both stop when no entry of the gradient exceeds 1e-6, at a ridge of 0.1: all eight seasons with
 # random pairs, then one season of 2000 players and 100,000 matches. Compilation apart; the batch
 # makes all of its 40 updates, since a batch cannot stop for one, the single run stops by itself.
 
