@@ -105,18 +105,22 @@ def zero_count() -> jax.Array:
     return jnp.zeros((), jnp.int32)
 
 
+def _is_explicit(sharding: Any) -> bool:
+    """Whether a sharding is over a mesh with explicit axes."""
+    return not sharding.mesh.empty and sharding.mesh._any_axis_explicit
+
+
 def placed_like(array: jax.Array, leaf: Any) -> jax.Array:
     """`array` sharded as `leaf` is, where meshes have explicit axes; else as it is."""
     sharding = getattr(jax.typeof(leaf), "sharding", None) if hasattr(leaf, "dtype") else None
-    if sharding is None or sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+    if sharding is None or not _is_explicit(sharding):
         return array
     return jax.sharding.reshard(array, sharding)
 
 
 def gathered(array: jax.Array) -> jax.Array:
     """`array` whole on every device, where meshes have explicit axes; else as it is."""
-    sharding = jax.typeof(array).sharding
-    if sharding.mesh.empty or not sharding.mesh._any_axis_explicit:
+    if not _is_explicit(jax.typeof(array).sharding):
         return array
     return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
 

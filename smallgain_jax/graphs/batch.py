@@ -165,9 +165,6 @@ def _compiled(
 ) -> BatchResult:
     shared, box = eqx.combine(data, jax.tree.unflatten(structure, leaves))
     make = partial(_problem, shared, box)
-    first = jax.tree.map(lambda leaf: leaf[0], (own, starts))
-    dtype = jax.eval_shape(lambda: make(*first).x0).dtype
-    tol = None if tol is None else jnp.asarray(tol, dtype)
     tols = jax.vmap(lambda own, start: tolerance(make(own, start), tol))(own, starts)
     loop = partial(_loop, make, own, starts, tols, limit, width)
     ends, computed = still(eqx.filter_closure_convert(loop))()

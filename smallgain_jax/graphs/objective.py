@@ -90,8 +90,6 @@ class Layout(NamedTuple):
         xp: Any = np if is_concrete(tree) else jnp
         leaves, structure = jax.tree.flatten(tree)
         if structure != self.structure:
-            if tree is None:
-                raise TypeError(f"{name} is None: infinity stands for no bound")
             if not jax.tree_util.treedef_is_leaf(structure) or jnp.shape(leaves[0]) != ():
                 raise ValueError(
                     f"{name} must be a number or have the tree structure of x0, {self.structure}; "

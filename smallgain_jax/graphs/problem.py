@@ -89,6 +89,9 @@ def _spread_box(bounds: Any, whole: Function) -> Box | None:
 def _check_pair(bounds: Any) -> None:
     if not isinstance(bounds, tuple | list) or len(bounds) != 2:
         raise TypeError("bounds must be a pair (lower, upper) or None")
+    for name, end in zip(("lower", "upper"), bounds, strict=True):
+        if end is None:
+            raise TypeError(f"bounds: {name} is None: infinity stands for no bound")
     if isinstance(bounds, list) and all(isinstance(end, tuple) for end in bounds):
         raise TypeError(
             "bounds is a list of pairs, one a node: give the pair (lower, upper), each a number "
@@ -121,8 +124,6 @@ def _end(name: str, end: Any) -> Any:
     """One end of a box as an array, on the host where it is known."""
     if isinstance(end, jax.Array):
         return end
-    if end is None:
-        raise TypeError(f"bounds: {name} is None: infinity stands for no bound")
     try:
         return np.asarray(end, float)
     except (TypeError, ValueError) as error:

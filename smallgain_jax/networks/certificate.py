@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from smallgain_jax._checks import check_positive
 from smallgain_jax._show import shows
 from smallgain_jax.networks.layers import Rule, find_layers, whole
+from smallgain_jax.networks.projections import frobenius
 from smallgain_jax.spectral.norms import in_unit, spectral_bound
 
 ACTIVATIONS: dict[str, float] = {
@@ -199,7 +200,7 @@ def lipschitz_lower_bound(
         return jnp.where(square > 0, known, -jnp.inf)
 
     def search(x: jax.Array, key: jax.Array) -> LowerBound:
-        reach = step_size * (1 + _length(x))
+        reach = step_size * (1 + frobenius(x))
         key, first = jax.random.split(key)
         v = _unit(jax.random.normal(first, x.shape, dtype))
 
@@ -208,12 +209,12 @@ def lipschitz_lower_bound(
             outward, pull = jax.vjp(network, x)
             del outward
             (turned,) = pull(_unit(jax.jvp(network, (x,), (v,))[1]))
-            v = jnp.where(_length(turned) > 0, _unit(turned), v)
+            v = jnp.where(frobenius(turned) > 0, _unit(turned), v)
             gain, slope = jax.value_and_grad(log_gain)(x, v)
             better = jnp.isfinite(gain) & (gain > best[0])
             best = jax.tree.map(lambda new, old: jnp.where(better, new, old), (gain, x, v), best)
             noise = jax.random.normal(jax.random.fold_in(key, k), x.shape, dtype)
-            flat = ~(_length(slope) > 0)
+            flat = ~(frobenius(slope) > 0)
             heading = _unit(jnp.where(flat, noise, slope))
             return (x + reach * (1 - k / steps) * heading, v, best), None
 
@@ -225,11 +226,6 @@ def lipschitz_lower_bound(
     found = jax.vmap(search)(starts.astype(dtype), keys)
     winner = jnp.argmax(found.lower)
     return LowerBound(found.lower[winner], found.x[winner], found.direction[winner])
-
-
-def _length(v: jax.Array) -> jax.Array:
-    inside, unit = in_unit(v)
-    return unit * jnp.sqrt(jnp.sum(inside**2))
 
 
 def _unit(v: jax.Array) -> jax.Array:

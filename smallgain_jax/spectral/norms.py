@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._show import shows
-from smallgain_jax._tree import matmul, vdot
+from smallgain_jax._tree import matmul, unit_of, vdot
 
 CERTAINTY = 0.01
 """By how much the square of a certified bound first tries to exceed its estimate."""
@@ -23,14 +23,8 @@ class SpectralBound(NamedTuple):
 
 
 def in_unit(array: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`array` over a scalar unit, and that unit: magnitudes of at most 8 where they are finite.
-
-    Compiled code divides by a scalar by way of its reciprocal, and takes that for 0 where it is
-    below the smallest normal number: the unit stays below the reciprocal of that.
-    """
-    top = jax.lax.stop_gradient(jnp.max(jnp.abs(array), initial=0.0))
-    most = 0.5 / float(jnp.finfo(array.dtype).tiny)
-    unit = jnp.where((top > 0) & jnp.isfinite(top), jnp.minimum(top, most), 1)
+    """`array` over its `unit_of`, and that unit: magnitudes of at most 8 where they are finite."""
+    unit = unit_of(array)
     return array / unit, unit
 
 

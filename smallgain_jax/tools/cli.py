@@ -578,8 +578,9 @@ def _relaxed(command: Relax, problem: GraphFile, reading: float) -> _Outcome:
     rate = command.learning_rate or (1 / bound if bound > 0 else 1.0)
     momentum = 0.9 if command.momentum is None else command.momentum
     optimizer = _OPTIMIZERS[command.method](graph, rate, momentum)
-    usual = float(graph_tolerance(graph, start, TOLERANCE))
-    tol = usual if command.tol is None else command.tol
+    tol = command.tol
+    if tol is None:
+        tol = float(graph_tolerance(graph, start, TOLERANCE))
     began = time.perf_counter()
     result = relax_in_chunks(
         graph,
