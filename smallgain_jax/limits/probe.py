@@ -25,6 +25,7 @@ import optax
 from jax.extend import core
 
 from smallgain_jax._checks import check_optimizer
+from smallgain_jax._compiling import quick_jit
 from smallgain_jax.limits.copies import (
     Alike,
     Copy,
@@ -54,7 +55,7 @@ _ASLEEP = 2.0
 _KEPT = 64
 
 
-_first_unstable = jax.jit(jax.vmap(first_unstable))
+_first_unstable = quick_jit(jax.vmap(first_unstable))
 
 
 class _Metric(NamedTuple):

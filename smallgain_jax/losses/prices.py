@@ -14,17 +14,18 @@ $$ \frac{\partial \log (w_k \lambda_k)}{\partial \log w_k} = 1 - \langle v^2, \v
 the `response`; a weight is moved by no more than that part of the way.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import HIGHEST
+from smallgain_jax._tree import HIGHEST, select
 from smallgain_jax.losses.losses import Batch, Losses
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
 from smallgain_jax.losses.state import Settings, TrainingState, Vectors
-from smallgain_jax.spectral.power import label_blocks, power_iteration, random_vector
+from smallgain_jax.spectral.power import Product, label_blocks, power_iteration, random_vector
 
 FIRST_ITERATIONS = 20
 """Of power iteration from its random start; other calls go on from the last one's vector."""
@@ -32,8 +33,8 @@ AFRESH = 5
 """The least from a start that no last call left: where losses have no vectors of their own, that of
 the sum, which may be orthogonal to all that one loss bends, with as much of a random one."""
 SWITCHED = 4
-"""Losses up to which each has a branch of its own, which passes only through what it depends on;
-beyond, one branch takes a mixture that is data, and the program does not grow with K."""
+"""Losses up to which each has a product of its own, which passes only through what it depends on;
+beyond, one product takes a mixture that is data, and the program does not grow with K."""
 
 
 class Prices(NamedTuple):
@@ -89,25 +90,11 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     stays, and the turn is tried again at the next updates, K of them at most.
     """
     num_terms = state.weights.shape[0]
-    eye = jnp.eye(num_terms, dtype=state.weights.dtype)
     afresh = None
     if state.vectors.each is None:
         random = random_vector(1, state.vectors.total)
         afresh = jax.tree.map(jnp.add, state.vectors.total, random)
-    price = partial(_price_of_one, losses, settings, state, sight, afresh)
-    unit = jnp.where(state.first_weights > 0, state.first_weights, 1)
-    total = partial(_price_of_sum, losses, settings, state, sight)
-
-    def look(turn: jax.Array, known: _Known) -> _Known:
-        if num_terms <= SWITCHED:
-            each = [
-                partial(price, [unit[k] if j == k else 0 for j in range(num_terms)], unit[k], k)
-                for k in range(num_terms)
-            ]
-            found: _Known = jax.lax.switch(turn, [*each, total], known)
-            return found
-        one = lambda known: price(eye[turn] * unit, unit[turn], turn, known)  # noqa: E731
-        return jax.lax.cond(turn < num_terms, one, total, known)
+    look = partial(_look, losses, settings, state, sight, afresh)
 
     everything = ~(state.info.sharpness > 0)
     first = jnp.where(everything & ~sight.new, 0, state.turn)
@@ -133,98 +120,150 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     )
 
 
-def _iterations(settings: Settings, state: TrainingState) -> jax.Array:
-    return jnp.where(state.info.sharpness > 0, settings.iterations, FIRST_ITERATIONS)
+class _Turn(NamedTuple):
+    """One loss, or the weighted sum: all turns are one program, which only the mixture enters."""
+
+    number: jax.Array  # [] int32, K for the sum
+    mix: jax.Array  # [K]
+    unit: jax.Array  # [] weight of the loss in the mixture
+
+    @property
+    def is_sum(self) -> jax.Array:
+        return self.number == self.mix.shape[0]
+
+    @property
+    def loss(self) -> jax.Array:
+        """Index of the loss; of the last one where it is the turn of the sum."""
+        return jnp.minimum(self.number, self.mix.shape[0] - 1)
+
+    def of(self, make: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
+        """`make(mix)`, which passes only through the losses that are in the mixture, if few."""
+        count = self.mix.shape[0]
+        if count > SWITCHED:
+            return make(self.mix)
+        alone = [make([self.mix[k] if j == k else 0 for j in range(count)]) for k in range(count)]
+        return lambda *args: jax.lax.switch(self.number, [*alone, make(self.mix)], *args)
 
 
-def _curvature(
-    losses: Losses,
-    settings: Settings,
-    state: TrainingState,
-    sight: Sight,
-    mix: Any,
-    start: Any,
-    labels: list[int],
-    iterations: jax.Array,
-) -> tuple[jax.Array, Any]:
-    gradient = None
-    if sight.term_gradients is not None:
-        gradient = jax.tree.map(partial(mixed, jnp.asarray(mix)), sight.term_gradients)
-    product = PRODUCTS[settings.curvature](losses, mix, sight.params, sight.batch, gradient)
-    found, vector = power_iteration(
-        lambda v: settings.mean(product(v)),
-        start,
-        sight.inverse_root,
-        labels,
-        iterations,
-    )
-    return found.astype(state.info.cost.dtype), vector
+def _turn(settings: Settings, state: TrainingState, prices: Prices, number: jax.Array) -> _Turn:
+    weights = state.weights
+    if settings.unitless:
+        weights = jnp.where(unseen(state), first_shares(settings, prices.cost), weights)
+    units = jnp.where(state.first_weights > 0, state.first_weights, 1)
+    here = jnp.arange(weights.shape[0]) == number
+    alone = jnp.where(here, units, 0).astype(weights.dtype)
+    mix = jnp.where(jnp.any(here), alone, weights)
+    return _Turn(number, mix, jnp.where(jnp.any(here), jnp.sum(alone), 1))
 
 
-def _price_of_one(
+def _look(
     losses: Losses,
     settings: Settings,
     state: TrainingState,
     sight: Sight,
     afresh: Any,
-    mix: Any,
-    unit: jax.Array,
-    k: Any,
+    number: jax.Array,
     known: _Known,
 ) -> _Known:
+    """The price of one loss, or of the sum."""
     prices, vectors, found = known
-    labels, _ = label_blocks(sight.params, settings.blocks)
-    own = vectors.each is not None
-    iterations = _iterations(settings, state)
-    if own:
-        start = jax.tree.map(lambda v: v[k], vectors.each)
-    else:
-        start = afresh
-        iterations = jnp.maximum(iterations, AFRESH)
-    cost, vector = _curvature(losses, settings, state, sight, mix, start, labels, iterations)
-    cost = cost / unit
-    seen = jnp.isfinite(cost) & (cost > 0)
-    cost = jnp.where(seen, cost, prices.cost[k])
-    prices = prices._replace(cost=prices.cost.at[k].set(cost))
-    if settings.policy == "fair" and sight.adaptive:
-        answers = _response(losses, settings, state, sight, mix, state.weights[k] / unit, vector)
-        prices = prices._replace(response=prices.response.at[k].set(answers))
-    if own:
-        each = jax.tree.map(lambda all_, v: all_.at[k].set(v), vectors.each, vector)
-        vectors = vectors._replace(each=each)
-    return prices, vectors, found & jnp.any(seen)
-
-
-def _price_of_sum(
-    losses: Losses,
-    settings: Settings,
-    state: TrainingState,
-    sight: Sight,
-    known: _Known,
-) -> _Known:
-    prices, vectors, found = known
+    turn = _turn(settings, state, prices, number)
     labels, names = label_blocks(sight.params, settings.blocks)
-    weights = state.weights
-    if settings.unitless:
-        weights = jnp.where(unseen(state), first_shares(settings, prices.cost), weights)
-    look = partial(
-        _curvature,
-        losses,
-        settings,
-        state,
-        sight,
-        weights,
-        iterations=_iterations(settings, state),
+    one_row = len(names) == 1
+    responds = settings.policy == "fair" and sight.adaptive
+    gradient = _gradient(losses, settings, sight, turn, responds)
+
+    def product_by(mix: Any) -> Product:
+        make = PRODUCTS[settings.curvature]
+        return make(losses, mix, sight.params, sight.batch, gradient)
+
+    iterations = jnp.where(state.info.sharpness > 0, settings.iterations, FIRST_ITERATIONS)
+    start = afresh
+    if vectors.each is not None:
+        start = jax.tree.map(lambda v: v[turn.loss], vectors.each)
+    start = select(turn.is_sum, vectors.total if one_row else vectors.by_block, start)
+    some = iterations
+    if vectors.each is None:
+        some = jnp.where(turn.is_sum, iterations, jnp.maximum(iterations, AFRESH))
+    product = turn.of(product_by)
+    rows, vector = power_iteration(
+        lambda v: settings.mean(product(v)), start, sight.inverse_root, labels, some
     )
-    (total,), vector = look(vectors.total, [0] * len(labels))
-    vectors = vectors._replace(total=vector)
-    rows = total[None]
-    if len(names) > 1:
-        rows, vector = look(vectors.by_block, labels)
-        vectors = vectors._replace(by_block=vector)
-    total = jnp.where(jnp.isfinite(total) & (total > 0), total, prices.sharpness)
-    rows = jnp.where(jnp.isfinite(rows) & (rows > 0), rows, prices.row_sharpness)
-    return prices._replace(sharpness=total, row_sharpness=rows), vectors, found
+    total, whole = rows, vector
+    if not one_row:
+        total, whole = jax.lax.cond(
+            turn.is_sum,
+            lambda: power_iteration(
+                lambda v: settings.mean(product_by(turn.mix)(v)),
+                vectors.total,
+                sight.inverse_root,
+                [0] * len(labels),
+                iterations,
+            ),
+            lambda: (jnp.zeros(1, rows.dtype), vectors.total),
+        )
+    dtype = prices.cost.dtype
+    prices, seen = _priced(prices, turn, rows.astype(dtype), total[0].astype(dtype))
+    if responds:
+        answers = _response(turn, state, sight, gradient, vector)
+        answers = jnp.where(turn.is_sum, prices.response[turn.loss], answers)
+        prices = prices._replace(response=prices.response.at[turn.loss].set(answers))
+    vectors = _kept(vectors, turn, vector, whole, one_row)
+    return prices, vectors, found & (turn.is_sum | seen)
+
+
+def _gradient(losses: Losses, settings: Settings, sight: Sight, turn: _Turn, responds: bool) -> Any:
+    """That of the mixture, where something needs it; of a loss alone, where only responses do."""
+    if sight.term_gradients is not None:
+        return jax.tree.map(partial(mixed, turn.mix), sight.term_gradients)
+    differs = settings.curvature == "difference"
+    if not (differs or responds):
+        return None
+    slope = turn.of(
+        lambda mix: (
+            lambda: jax.grad(mixture(losses.parts, mix))(
+                sight.params, *sight.batch.args, **sight.batch.kwargs
+            )
+        )
+    )
+    if not differs:
+        zeros = jax.tree.map(jnp.zeros_like, sight.params)
+        return settings.mean(jax.lax.cond(turn.is_sum, lambda: zeros, slope))
+    return settings.mean(slope())
+
+
+def _priced(
+    prices: Prices, turn: _Turn, rows: jax.Array, total: jax.Array
+) -> tuple[Prices, jax.Array]:
+    """Prices with what a turn found [R], and whether that was anything."""
+    found = jnp.where(turn.is_sum, rows, rows / turn.unit)
+    usable = jnp.isfinite(found) & (found > 0)
+    before = prices.cost[turn.loss]
+    cost = jnp.where(usable & ~turn.is_sum, found, before)
+    row_sharpness = jnp.where(usable & turn.is_sum, found, prices.row_sharpness)
+    known = turn.is_sum & jnp.isfinite(total) & (total > 0)
+    prices = prices._replace(
+        cost=prices.cost.at[turn.loss].set(cost),
+        sharpness=jnp.where(known, total, prices.sharpness),
+        row_sharpness=row_sharpness,
+    )
+    return prices, jnp.any(usable)
+
+
+def _kept(vectors: Vectors, turn: _Turn, vector: Any, whole: Any, one_row: bool) -> Vectors:
+    """Where the next calls go on from."""
+    total = select(turn.is_sum, whole, vectors.total)
+    by_block = vectors.by_block
+    if not one_row:
+        by_block = select(turn.is_sum, vector, by_block)
+    each = vectors.each
+    if each is not None:
+        each = jax.tree.map(
+            lambda all_, v: all_.at[turn.loss].set(jnp.where(turn.is_sum, all_[turn.loss], v)),
+            each,
+            vector,
+        )
+    return vectors._replace(total=total, by_block=by_block, each=each)
 
 
 def first_shares(settings: Settings, cost: jax.Array) -> jax.Array:
@@ -235,24 +274,11 @@ def first_shares(settings: Settings, cost: jax.Array) -> jax.Array:
 
 
 def _response(
-    losses: Losses,
-    settings: Settings,
-    state: TrainingState,
-    sight: Sight,
-    mix: Any,
-    weight: jax.Array,
-    vector: Any,
+    turn: _Turn, state: TrainingState, sight: Sight, gradient: Any, vector: Any
 ) -> jax.Array:
-    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k.
-
-    `weight` is w_k over its entry in `mix`.
-    """
-    if sight.term_gradients is not None:
-        own = jax.tree.map(partial(mixed, jnp.asarray(mix)), sight.term_gradients)
-    else:
-        slope = jax.grad(mixture(losses.parts, mix))
-        own = settings.mean(slope(sight.params, *sight.batch.args, **sight.batch.kwargs))
+    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k."""
     dtype = state.info.cost.dtype
+    weight = state.weights[turn.loss] / turn.unit
 
     def parts(g: jax.Array, whole: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         g, whole, v = (x.astype(dtype) for x in (g, whole, v))
@@ -260,7 +286,7 @@ def _response(
         phi = jnp.clip(phi, 0, 1)
         return jnp.sum(v**2 * phi), jnp.sum(v**2)
 
-    pairs = jax.tree.map(parts, own, sight.gradient, vector)
+    pairs = jax.tree.map(parts, gradient, sight.gradient, vector)
     inside = jax.tree.leaves(pairs)
     felt, whole = sum(inside[::2]), sum(inside[1::2])
     return jnp.clip(1 - felt / jnp.where(whole > 0, whole, 1), 0, 1)

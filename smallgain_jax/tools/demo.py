@@ -21,6 +21,7 @@ import numpy as np
 import optax
 
 from smallgain_jax import presets
+from smallgain_jax._compiling import quick_options
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.relaxation import relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit, heavy_ball_limit
@@ -280,7 +281,7 @@ def _compete(scenario: Scenario, entry: _Entry, steps: int) -> list[MethodResult
         settings = entry.settings(scenario)
         flat = jnp.asarray(settings.reshape(-1, settings.shape[2]))
         every = jax.vmap(lambda numbers: _relaxed(scenario, entry, steps, numbers))
-        found = jax.jit(every).lower(flat).compile(_compiler_options())(flat)
+        found = jax.jit(every).lower(flat).compile(quick_options())(flat)
     found = {
         name: np.asarray(a).reshape(*settings.shape[:2], *a.shape[1:]) for name, a in found.items()
     }
@@ -317,11 +318,6 @@ def _relaxed(
         "weights": weights,
         "backtracks": jnp.sum(history.get("backtracks", jnp.zeros(1, int))),
     }
-
-
-def _compiler_options() -> dict[str, Any] | None:
-    # these programs run for milliseconds: optimizing their code costs more than it saves
-    return {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
 
 
 def _minimum(scenario: Scenario) -> float:
