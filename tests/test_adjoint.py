@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import smallgain_jax as sg
+from tests.compiling import jit_well
 
 NODES, EDGES = 10, 6
 
@@ -139,7 +140,7 @@ def test_derivative_is_that_of_a_dense_solve(dim):
 
     theta, _ = eqx.partition(problem[:2], eqx.is_inexact_array)
     data = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), (x, theta))
-    expected = jax.jit(jax.vmap(differences))(problem, x, *data)
+    expected = jit_well(jax.vmap(differences))(problem, x, *data)
     scale = np.abs(expected).max(axis=1, keepdims=True)
 
     def wrong(found):

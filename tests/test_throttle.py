@@ -7,6 +7,7 @@ import optax
 import pytest
 
 from smallgain_jax.throttling import STATIC, throttle
+from tests.compiling import jit_well
 from tests.products import exact
 
 
@@ -42,7 +43,7 @@ def test_every_quadratic_converges(order):
     problems = [jnp.asarray(array, float) for array in quadratics(1000)[:3]]
     cond = quadratics(1000)[3]
     make = lambda rate: throttle(optax.sgd(rate), rate, order=order)
-    run = jax.jit(jax.vmap(partial(gradient_norms, make, steps=5000)))
+    run = jit_well(jax.vmap(partial(gradient_norms, make, steps=5000)))
     norms = np.asarray(run(*problems))
     relative = norms / norms[:, :1]
     assert np.isfinite(relative).all()
@@ -57,7 +58,7 @@ def test_every_quadratic_converges(order):
 @pytest.mark.once
 def test_plain_descent_converges_on_no_quadratic_above_the_limit():
     problems = [jnp.asarray(array, float) for array in quadratics(1000)[:3]]
-    run = jax.jit(jax.vmap(partial(gradient_norms, optax.sgd, steps=5000)))
+    run = jit_well(jax.vmap(partial(gradient_norms, optax.sgd, steps=5000)))
     norms = np.asarray(run(*problems))
     assert not (norms[:, -1] < norms[:, 0]).any()
 
