@@ -45,10 +45,11 @@ def least(runs: dict[str, Callable[[], Any]], repeats: int = 3) -> dict[str, flo
 
 def gradient(smoke: bool) -> list[dict[str, Any]]:
     """Seconds of a gradient by every weight, beside those of the solve, and the memory it takes."""
-    return [gradient_at(edges, smoke) for edges in ([1000] if smoke else [100_000, 1_000_000])]
+    sizes = [1000] if smoke else [100_000, 1_000_000]
+    return [row for edges in sizes for row in gradient_at(edges)]
 
 
-def gradient_at(edges: int, smoke: bool) -> dict[str, Any]:
+def gradient_at(edges: int) -> list[dict[str, Any]]:
     problem = random_graph("uniform", edges // 4, edges, seed=1)
     graph, x0 = problem.graph, problem.x0
 
@@ -73,7 +74,10 @@ def gradient_at(edges: int, smoke: bool) -> dict[str, Any]:
         runs["unrolled"] = lambda: unrolled(graph)
         memory["unrolled, 100 steps"] = mebibytes(unrolled)
     seconds = least(runs, 1 if edges > 100_000 else 3)
-    return {"edges": edges, "seconds": seconds, "mebibytes": memory}
+    return [
+        {"edges": edges, "run": run, "seconds": seconds.get(run), "mebibytes": memory.get(run)}
+        for run in [*seconds, *memory]
+    ]
 
 
 def without_a_box(graph: sg.EnergyGraph, x0: jax.Array) -> dict[str, Callable[[], Any]]:
@@ -109,7 +113,7 @@ def without_a_box(graph: sg.EnergyGraph, x0: jax.Array) -> dict[str, Callable[[]
     return runs
 
 
-def early_exit(smoke: bool) -> dict[str, Any]:
+def early_exit(smoke: bool) -> list[dict[str, Any]]:
     count = 20 if smoke else 1000
     problem = random_graph("uniform", 16, 48, seed=0)
     many = jax.vmap(lambda x: sg.relax(problem.graph, x, steps=1000).info.steps)
@@ -128,7 +132,11 @@ def early_exit(smoke: bool) -> dict[str, Any]:
         "alone, 1000 steps": lambda: sg.relax(large.graph, large.x0, steps=1000).x,
         "alone, needed": lambda: sg.relax(large.graph, large.x0, steps=own).x,
     }
-    return {"graphs": count, "needed": needed, "alone": own, "seconds": least(runs)}
+    counts = {"batch, 1000 steps": needed, "batch, needed": needed}
+    return [
+        {"run": run, "seconds": seconds, "steps needed": counts.get(run, own)}
+        for run, seconds in least(runs).items()
+    ]
 
 
 def chain(n: int, anchor: float, weight: Any) -> sg.EnergyGraph:

@@ -25,6 +25,7 @@ extensions = [
     "myst_nb",
     "mathml",
     "docstrings",
+    "measured",
 ]
 exclude_patterns = ["_ext"]
 templates_path = []

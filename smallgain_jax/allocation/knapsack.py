@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import Numbers, check_finite, float_dtype, is_concrete
+from smallgain_jax._compiling import quick_jit
 from smallgain_jax._show import shows
 from smallgain_jax.allocation.classes import by_classes
 from smallgain_jax.allocation.fair import fair_raises
@@ -35,6 +36,8 @@ POLICIES = ("greedy", "fair")
 MANY_TERMS = 10_000
 """Beyond these the default serves classes of score."""
 MANY_BINS = 16
+SMALL = 1000
+"""Numbers up to which the program is compiled quickly rather than well."""
 ROUNDS_OF = {"fair": 8, "prices": 16, "classes": 2}
 """What `rounds=None` stands for."""
 
@@ -127,6 +130,25 @@ def allocate(
     _check(value, cost, rows, lower, upper, row_budget, everything)
     if policy == "fair":
         check_finite("lower", lower, low=0.0)
+    data = (value, cost, rows, lower, upper, row_budget, everything)
+    size = sum(array.size for array in data if array is not None)
+    run = _quickly if size <= SMALL else _well
+    found: Allocation = run(*data, policy, rounds, bins)
+    return found
+
+
+def _allocated(
+    value: jax.Array,
+    cost: jax.Array,
+    rows: jax.Array,
+    lower: jax.Array,
+    upper: jax.Array,
+    row_budget: jax.Array,
+    everything: jax.Array | None,
+    policy: str,
+    rounds: int | None,
+    bins: int | None,
+) -> Allocation:
     cost = merge_rows(cost, rows)
     # a decision, not a function to differentiate: sorting and sweeping have no useful slope
     posed = jax.lax.stop_gradient(pose(value, cost, rows, lower, upper, row_budget, everything))
@@ -134,6 +156,10 @@ def allocate(
     raised = weights - lower
     spent_rows = scatter(cost * raised[:, None], rows, row_budget.shape[0])
     return Allocation(weights, spent_rows, jnp.sum(dearest(cost) * raised))
+
+
+_well = jax.jit(_allocated, static_argnums=(7, 8, 9))
+_quickly = quick_jit(_allocated, static_argnums=(7, 8, 9))
 
 
 def _raises(problem: Knapsack, policy: str, rounds: int | None, bins: int | None) -> jax.Array:
