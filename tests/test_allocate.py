@@ -46,12 +46,9 @@ def test_no_budget_is_ever_exceeded(eps):
     value, cost, rows, lower, upper, budget, total = batch
     weights = np.asarray(spend.weights, float)
     raised = cost * (weights - lower)[..., None]
-    spent, scale = np.zeros((2, *budget.shape))
-    row = (np.arange(len(problems))[:, None, None], rows)
-    np.add.at(spent, row, raised)
-    # what summing the full cost of a row may lose
-    np.add.at(scale, row, cost * upper[..., None])
-    slack = 8 * scale * eps
+    spent = np.zeros_like(budget)
+    np.add.at(spent, (np.arange(len(problems))[:, None, None], rows), raised)
+    slack = eps * np.stack([rounding(*fields, 10) for fields in zip(cost, rows, upper)])
     everything = np.sum(cost.max(axis=2) * (weights - lower), axis=1)
     assert not (spent > budget + slack).any()
     assert not (everything > total + slack.sum(axis=1)).any()

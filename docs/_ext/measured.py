@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+
+from bench.report import markdown
 
 FOLDER = Path(__file__).parents[2] / "bench" / "results"
 
@@ -27,25 +28,8 @@ class Measured(SphinxDirective):
         path = FOLDER / name
         self.env.note_dependency(str(path))
         report = json.loads(path.read_text())
-        text = [*markdown(report[table]), "", about(report["about"])]
-        return self.parse_text_to_nodes("\n".join(StringList(text, source=str(path))))
-
-
-def markdown(rows: list[dict[str, Any]]) -> list[str]:
-    """Lines of a table."""
-    columns = list(rows[0])
-    cells = [columns, ["---"] * len(columns)]
-    cells += [[shown(row[column]) for column in columns] for row in rows]
-    return ["| " + " | ".join(line) + " |" for line in cells]
-
-
-def shown(value: Any) -> str:
-    """A cell: three digits of a number, a hyphen for what there is not."""
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return "-" if value is None else str(value)
+        text = f"{markdown(report[table])}\n\n{about(report['about'])}"
+        return self.parse_text_to_nodes(text)
 
 
 def about(found: dict[str, Any]) -> str:

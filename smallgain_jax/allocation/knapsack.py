@@ -36,8 +36,6 @@ POLICIES = ("greedy", "fair")
 MANY_TERMS = 10_000
 """Beyond these the default serves classes of score."""
 MANY_BINS = 16
-SMALL = 1000
-"""Numbers up to which the program is compiled quickly rather than well."""
 ROUNDS_OF = {"fair": 8, "prices": 16, "classes": 2}
 """What `rounds=None` stands for."""
 
@@ -127,28 +125,28 @@ def allocate(
     # an infinity would stop `debug_infs`
     everything = None if unlimited else jnp.asarray(global_budget, dtype)
     rows = jnp.asarray(rows)
-    _check(value, cost, rows, lower, upper, row_budget, everything)
+    given = _Given(value, cost, rows, lower, upper, row_budget, everything)
+    _check(given)
     if policy == "fair":
         check_finite("lower", lower, low=0.0)
-    data = (value, cost, rows, lower, upper, row_budget, everything)
-    size = sum(array.size for array in data if array is not None)
-    run = _quickly if size <= SMALL else _well
-    found: Allocation = run(*data, policy, rounds, bins)
+    found: Allocation = _compiled(given, policy, rounds, bins)
     return found
 
 
-def _allocated(
-    value: jax.Array,
-    cost: jax.Array,
-    rows: jax.Array,
-    lower: jax.Array,
-    upper: jax.Array,
-    row_budget: jax.Array,
-    everything: jax.Array | None,
-    policy: str,
-    rounds: int | None,
-    bins: int | None,
-) -> Allocation:
+class _Given(NamedTuple):
+    """What `allocate` was given, as arrays."""
+
+    value: jax.Array
+    cost: jax.Array
+    rows: jax.Array
+    lower: jax.Array
+    upper: jax.Array
+    row_budget: jax.Array
+    global_budget: jax.Array | None
+
+
+def _allocated(given: _Given, policy: str, rounds: int | None, bins: int | None) -> Allocation:
+    value, cost, rows, lower, upper, row_budget, everything = given
     cost = merge_rows(cost, rows)
     # a decision, not a function to differentiate: sorting and sweeping have no useful slope
     posed = jax.lax.stop_gradient(pose(value, cost, rows, lower, upper, row_budget, everything))
@@ -158,8 +156,7 @@ def _allocated(
     return Allocation(weights, spent_rows, jnp.sum(dearest(cost) * raised))
 
 
-_well = jax.jit(_allocated, static_argnums=(7, 8, 9))
-_quickly = quick_jit(_allocated, static_argnums=(7, 8, 9))
+_compiled = quick_jit(_allocated, static_argnums=(1, 2, 3))
 
 
 def _raises(problem: Knapsack, policy: str, rounds: int | None, bins: int | None) -> jax.Array:
@@ -192,15 +189,8 @@ def _check_settings(policy: str, rounds: int | None, bins: int | None) -> None:
         )
 
 
-def _check(
-    value: jax.Array,
-    cost: jax.Array,
-    rows: jax.Array,
-    lower: jax.Array,
-    upper: jax.Array,
-    row_budget: jax.Array,
-    global_budget: jax.Array | None,
-) -> None:
+def _check(given: _Given) -> None:
+    value, cost, rows, lower, upper, row_budget, global_budget = given
     if value.ndim != 1:
         raise ValueError(f"value must have shape [K], got {value.shape}")
     for name, array in (("lower", lower), ("upper", upper)):

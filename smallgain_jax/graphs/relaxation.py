@@ -24,9 +24,6 @@ from smallgain_jax.graphs.problem import Problem, posed, run_of, settled, tolera
 from smallgain_jax.search.stopping import RelaxStatus, length_scale, projected_step
 
 ADJOINTS = ("implicit", "unrolled")
-SMALL = 1000
-"""Numbers in a graph and its start up to which no machine code is worth waiting for: 30 nodes take
-23 microseconds a step for 17, and two seconds less at the first call."""
 
 
 def _status(code: Any) -> str:
@@ -162,14 +159,10 @@ def relax(
     capacity = max(64, 1 << (steps - 1).bit_length()) if shared else steps
     limit = np.int32(steps)
     # not `filter_jit`, which waits for the device: the host has telemetry to write meanwhile
-    small = isinstance(objective, EnergyGraph) and _entries(data) <= SMALL
-    run = _quickly if small else _well
+    # what a function computes does not show in its arguments
+    run = _small_quickly if isinstance(objective, EnergyGraph) else _well
     result = run(data, tol, limit, tuple(leaves), structure, capacity, adjoint)
     return result if capacity == steps else result._replace(energy=result.energy[: steps + 1])
-
-
-def _entries(data: Any) -> int:
-    return sum(map(np.size, jax.tree.leaves(data)))
 
 
 def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
@@ -242,7 +235,7 @@ def _relaxed(
 
 
 _well = jax.jit(_relaxed, static_argnums=(3, 4, 5, 6))
-_quickly = quick_jit(_relaxed, static_argnums=(3, 4, 5, 6))
+_small_quickly = quick_jit(_relaxed, static_argnums=(3, 4, 5, 6))
 
 
 def _looped(problem: Problem, tol: jax.Array, limit: jax.Array, capacity: int) -> iteration.Path:

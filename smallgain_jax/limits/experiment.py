@@ -115,7 +115,7 @@ class _Bench:
             self.copy = copy.with_stand_ins()
         start = core.jaxpr_as_fun(self.copy.init)(*zeros)
         self.start = [leaf if _is_opaque(leaf) else np.asarray(leaf) for leaf in start]
-        self._run = quick_jit(jax.vmap(self._one))
+        self._run = quick_jit(jax.vmap(self._one), most=np.inf)
 
     def _one(self, state: Any, params: Any, gradients: Any, value: Any) -> tuple[Any, Any]:
         step = core.jaxpr_as_fun(self.copy.step)

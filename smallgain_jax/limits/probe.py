@@ -55,7 +55,7 @@ _ASLEEP = 2.0
 _KEPT = 64
 
 
-_first_unstable = quick_jit(jax.vmap(first_unstable))
+_first_unstable = quick_jit(jax.vmap(first_unstable), most=np.inf)
 
 
 class _Metric(NamedTuple):
