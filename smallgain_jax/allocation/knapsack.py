@@ -104,6 +104,8 @@ def allocate(
       exceeded by more than the rounding of a sum of its terms in that dtype. A decision: for
       derivatives the weights are constants.
 
+    Inside `shard_map` give `check_vma=False`.
+
     Raises:
       ValueError: an unknown policy, rounds < 1, bins of 1 or below 0, bins with a policy other
         than "greedy", shapes that do not fit, or (concrete arguments) a bound that is not finite,

@@ -72,7 +72,8 @@ def relax(
     optimizer's update for the gradient on the free coordinates (those not held at a bound), until
     the tolerance is met, the optimizer says that it is stalled, or the steps are used up; after
     that nothing is computed. Jittable; `vmap` relaxes a batch, which goes on until its last member
-    has ended. Line searches inside an optimizer see the energy of the projected state.
+    has ended; inside `shard_map` give `check_vma=False`. Line searches inside an optimizer see the
+    energy of the projected state.
 
     **Optimality** is the largest step that the rows D of the Hessian still favour, $\max_r
     |\mathrm{clip}(-g_r / D_r,\; l_r - x_r,\; u_r - x_r)|$, relative to the width of the box, or
