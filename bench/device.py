@@ -40,7 +40,7 @@ STAGES: dict[str, Stage] = {
     "relaxation": Stage(stages.relaxation, 50),
     "allocator": Stage(stages.allocator, 30),
     "batch": Stage(stages.batch, 40),
-    "training": Stage(stages.training, 100),
+    "training": Stage(stages.training, 150),
     "two_cores": Stage(stages.two_cores, 60, cores=2),
     "layouts": Stage(stages.layouts, 20),
     "tests": Stage(stages.tests, 70),

@@ -53,21 +53,34 @@ def init(key: jax.Array, size: int, shape: Shape) -> Params:
 
 
 def hidden(params: Params, x: jax.Array, shape: Shape) -> jax.Array:
-    """States [B, T, width] at characters [B, T], each of which sees those before it."""
+    """States [B, T, width] at characters [B, T], each of which sees those before it.
+
+    `params["layers"]` is a list, or a dict of arrays with the layers along the first axis: these
+    are scanned, and the program does not grow with their number.
+    """
     h = params["embedding_token"][x] + params["embedding_place"][None]
-    mask = jnp.tril(jnp.ones((shape.context, shape.context), bool))[None, None]
-    for layer in params["layers"]:
-        n = normed(h, layer["norm_1"])
-        q, k, v = (
-            (n @ layer[name]).reshape(*n.shape[:2], shape.heads, -1)
-            for name in ("query", "key", "value")
-        )
-        scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
-        mixing = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
-        h = h + jnp.einsum("bhts,bshd->bthd", mixing, v).reshape(h.shape) @ layer["out"]
-        n = normed(h, layer["norm_2"])
-        h = h + jax.nn.gelu(n @ layer["mlp_in"]) @ layer["mlp_out"]
+    layers = params["layers"]
+    if isinstance(layers, dict):
+        h, _ = jax.lax.scan(lambda h, layer: (block(h, layer, shape), None), h, layers)
+    else:
+        for layer in layers:
+            h = block(h, layer, shape)
     return normed(h, params["norm_last"])
+
+
+def block(h: jax.Array, layer: Params, shape: Shape) -> jax.Array:
+    """Attention and a feed-forward network, each added to what came in."""
+    n = normed(h, layer["norm_1"])
+    q, k, v = (
+        (n @ layer[name]).reshape(*n.shape[:2], shape.heads, -1)
+        for name in ("query", "key", "value")
+    )
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(q.shape[-1])
+    mask = jnp.tril(jnp.ones((shape.context, shape.context), bool))[None, None]
+    mixing = jax.nn.softmax(jnp.where(mask, scores, -1e9), axis=-1)
+    h = h + jnp.einsum("bhts,bshd->bthd", mixing, v).reshape(h.shape) @ layer["out"]
+    n = normed(h, layer["norm_2"])
+    return h + jax.nn.gelu(n @ layer["mlp_in"]) @ layer["mlp_out"]
 
 
 def logits(params: Params, x: jax.Array, shape: Shape) -> jax.Array:

@@ -39,7 +39,9 @@ def problem(shape: Shape = SHAPE, batch_size: int = BATCH) -> Problem:
     def start(seed: jax.Array) -> Params:
         for_body, for_head = jax.random.split(jax.random.key(seed))
         head = jax.random.normal(for_head, (shape.width, shape.width)) / jnp.sqrt(shape.width)
-        return init(for_body, size, shape) | {"head_after": head}
+        body = init(for_body, size, shape)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *body["layers"])
+        return body | {"layers": stacked, "head_after": head}
 
     def batch(key: jax.Array) -> tuple[jax.Array]:
         return (windows(key, data, batch_size, length),)

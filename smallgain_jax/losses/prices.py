@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from smallgain_jax._tree import HIGHEST, select
 from smallgain_jax.losses.losses import Batch, Losses
+from smallgain_jax.losses.sharing import passes
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
 from smallgain_jax.losses.state import Settings, TrainingState, Vectors
 from smallgain_jax.spectral.power import Product, label_blocks, power_iteration, random_vector
@@ -35,6 +36,9 @@ the sum, which may be orthogonal to all that one loss bends, with as much of a r
 SWITCHED = 4
 """Losses up to which each has a product of its own, which passes only through what it depends on;
 beyond, one product takes a mixture that is data, and the program does not grow with K."""
+SPARED = 0.2
+"""Share of a round of turns that products of their own must spare: heads on one network spare
+next to nothing, and make the program K + 1 times as large."""
 
 
 class Prices(NamedTuple):
@@ -94,7 +98,8 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
     if state.vectors.each is None:
         random = random_vector(1, state.vectors.total)
         afresh = jax.tree.map(jnp.add, state.vectors.total, random)
-    look = partial(_look, losses, settings, state, sight, afresh)
+    apart = _pays_apart(losses, sight, num_terms)
+    look = partial(_look, losses, settings, state, sight, afresh, apart)
 
     everything = ~(state.info.sharpness > 0)
     first = jnp.where(everything & ~sight.new, 0, state.turn)
@@ -121,11 +126,12 @@ def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sig
 
 
 class _Turn(NamedTuple):
-    """One loss, or the weighted sum: all turns are one program, which only the mixture enters."""
+    """One loss, or the weighted sum."""
 
     number: jax.Array  # [] int32, K for the sum
     mix: jax.Array  # [K]
     unit: jax.Array  # [] weight of the loss in the mixture
+    apart: bool  # whether each has a program of its own
 
     @property
     def is_sum(self) -> jax.Array:
@@ -137,15 +143,17 @@ class _Turn(NamedTuple):
         return jnp.minimum(self.number, self.mix.shape[0] - 1)
 
     def of(self, make: Callable[[Any], Callable[..., Any]]) -> Callable[..., Any]:
-        """`make(mix)`, which passes only through the losses that are in the mixture, if few."""
-        count = self.mix.shape[0]
-        if count > SWITCHED:
+        """`make(mix)`; where turns are `apart`, through nothing but the losses in the mixture."""
+        if not self.apart:
             return make(self.mix)
+        count = self.mix.shape[0]
         alone = [make([self.mix[k] if j == k else 0 for j in range(count)]) for k in range(count)]
         return lambda *args: jax.lax.switch(self.number, [*alone, make(self.mix)], *args)
 
 
-def _turn(settings: Settings, state: TrainingState, prices: Prices, number: jax.Array) -> _Turn:
+def _turn(
+    settings: Settings, state: TrainingState, prices: Prices, number: jax.Array, apart: bool
+) -> _Turn:
     weights = state.weights
     if settings.unitless:
         weights = jnp.where(unseen(state), first_shares(settings, prices.cost), weights)
@@ -153,7 +161,16 @@ def _turn(settings: Settings, state: TrainingState, prices: Prices, number: jax.
     here = jnp.arange(weights.shape[0]) == number
     alone = jnp.where(here, units, 0).astype(weights.dtype)
     mix = jnp.where(jnp.any(here), alone, weights)
-    return _Turn(number, mix, jnp.where(jnp.any(here), jnp.sum(alone), 1))
+    return _Turn(number, mix, jnp.where(jnp.any(here), jnp.sum(alone), 1), apart)
+
+
+def _pays_apart(losses: Losses, sight: Sight, num_terms: int) -> bool:
+    """Whether a product of its own for each loss spares passes enough to be worth its program."""
+    if num_terms > SWITCHED:
+        return False
+    args, kwargs = sight.batch
+    alone = passes(lambda p: losses.parts(p, *args, **kwargs), sight.params)
+    return alone + 1 < (1 - SPARED) * (num_terms + 1)
 
 
 def _look(
@@ -162,12 +179,13 @@ def _look(
     state: TrainingState,
     sight: Sight,
     afresh: Any,
+    apart: bool,
     number: jax.Array,
     known: _Known,
 ) -> _Known:
     """The price of one loss, or of the sum."""
     prices, vectors, found = known
-    turn = _turn(settings, state, prices, number)
+    turn = _turn(settings, state, prices, number, apart)
     labels, names = label_blocks(sight.params, settings.blocks)
     one_row = len(names) == 1
     responds = settings.policy == "fair" and sight.adaptive

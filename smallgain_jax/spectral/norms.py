@@ -118,6 +118,8 @@ def spectral_bound(
     largest = jnp.finfo(matrix.dtype).max
     upper = jnp.minimum(jnp.sqrt(square) * inflation(matrix), 1) * coarse * unit
     lower = jnp.sqrt(jnp.maximum(estimate, 0)) / inflation(matrix) * coarse * unit
+    # numbers below the smallest normal one are rounded by more than `inflation` covers
+    lower = jnp.where(lower < jnp.finfo(matrix.dtype).tiny, 0, lower)
     return SpectralBound(upper + _flushed(matrix), jnp.minimum(lower, largest), vector)
 
 

@@ -5,6 +5,7 @@ goes on, and certify nothing; only the Gershgorin and Perron bounds of `rows` do
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -96,20 +97,38 @@ def power_iteration(
 
 
 def random_vector(seed: int, params: Any) -> Any:
-    """A start for `power_iteration`: normal entries, at least float32, of about unit norm.
+    """A start for `power_iteration`, of about unit norm: uniform around 0, at least float32.
 
-    Each leaf lies where the parameter of its place lies.
+    Each leaf lies where the parameter of its place lies. The entries are scrambled indices: they
+    are the same on every backend and every mesh, and take a tenth of the program that
+    `jax.random.normal` would take for each leaf.
     """
     treedef: Any
     leaves, treedef = jax.tree.flatten(params)
-    keys = [jax.random.fold_in(jax.random.key(seed), k) for k in range(len(leaves))]
     size = sum(int(np.prod(np.shape(leaf))) for leaf in leaves) or 1
+    keys = np.random.default_rng(seed).integers(1 << 32, size=len(leaves), dtype=np.uint32)
 
-    def start(key: jax.Array, leaf: Any) -> jax.Array:
+    def start(key: np.uint32, leaf: Any) -> jax.Array:
         dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
-        return placed_like(jax.random.normal(key, np.shape(leaf), dtype) / np.sqrt(size), leaf)
+        entries = _scrambled(key, np.shape(leaf)).astype(dtype)
+        return placed_like(entries * np.asarray(2**-31 * np.sqrt(3 / size), dtype), leaf)
 
     return treedef.unflatten([start(*pair) for pair in zip(keys, leaves, strict=True)])
+
+
+@partial(jax.jit, static_argnums=1)
+def _scrambled(key: Any, shape: tuple[int, ...]) -> jax.Array:
+    """An int32 for each index, without a pattern that a Hessian could know.
+
+    The mixing is that of Wellons, *Prospecting for hash functions* (2018), "lowbias32".
+    """
+    strides = np.cumprod([1, *shape[:0:-1]], dtype=np.uint64).astype(np.uint32)[::-1]
+    x = jnp.full(shape, key, jnp.uint32)
+    for axis in range(len(shape)):
+        x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * strides[axis]
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return jax.lax.bitcast_convert_type(x ^ (x >> 16), jnp.int32)
 
 
 def label_blocks(params: Any, blocks: Blocks) -> tuple[list[int], list[str]]:
