@@ -59,11 +59,16 @@ def _needed(program: core.Jaxpr, wanted: Sequence[bool]) -> tuple[float, list[bo
 
 
 def _arithmetic(eqn: core.JaxprEqn) -> float:
-    entries = sum(math.prod(getattr(v.aval, "shape", ())) for v in eqn.outvars)
+    entries = sum(math.prod(_shape(v)) for v in eqn.outvars)
     if eqn.primitive.name != "dot_general":
         return entries
     (summed, _), _ = eqn.params["dimension_numbers"]
-    return entries * math.prod(eqn.invars[0].aval.shape[axis] for axis in summed)
+    return entries * math.prod(_shape(eqn.invars[0])[axis] for axis in summed)
+
+
+def _shape(v: Any) -> tuple[int, ...]:
+    shape: tuple[int, ...] = getattr(v.aval, "shape", ())
+    return shape
 
 
 def _inside(eqn: core.JaxprEqn) -> Iterator[core.Jaxpr]:
