@@ -6,8 +6,9 @@
 
 Stages come in order of value. Each is a process of its own with its own budget of seconds, and
 writes FOLDER/<stage>.json after every row: a run that is cut loses a row, a stage that crashes or
-hangs loses itself. FOLDER/summary.json says how each ended. `--seconds` bounds them together; the
-last, which can use any amount of time, gets what is left.
+hangs loses itself. FOLDER/summary.json says how each ended, FOLDER/device.json holds the rows of
+all, for the documentation. `--seconds` bounds them together; the last, which can use any amount of
+time, gets what is left.
 """
 
 import argparse
@@ -81,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
     # nothing is measured in a dry run: its stages may disturb each other
     with ThreadPoolExecutor(DRY_AT_ONCE if options.dry else 1) as pool:
         list(pool.map(run, options.stages))
+    write(options.out / "device.json", together(options.out, list(summary)))
     bad = [name for name, row in summary.items() if row["ended"] not in FINE[options.dry]]
     print(f"not complete: {', '.join(bad)}" if bad else f"wrote {options.out}", file=sys.stderr)
     return int(bool(bad))
@@ -135,6 +137,14 @@ def one(name: str, out: Path, dry: bool, seconds: float) -> int:
 
     stage.run(stages.Job(dry=dry, end=time.monotonic() + 0.95 * seconds, out=out), note)
     return 0
+
+
+def together(out: Path, names: list[str]) -> dict[str, Any]:
+    """The rows of these stages, by name."""
+    files = [path for name in names if (path := out / f"{name}.json").exists()]
+    tables = [json.loads(path.read_text()) for path in files]
+    rows = {table["stage"]: table["rows"] for table in tables}
+    return {"about": about(), "dry": any(table["dry"] for table in tables)} | rows
 
 
 def write(path: Path, content: Any) -> None:

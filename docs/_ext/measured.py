@@ -3,13 +3,13 @@
 :::{measured} solver.json gradient
 :::
 
-names a file of `bench/results` and a list of rows in it. Below the table stand the command, the
-commit, and the machine.
+names a file of `bench/results` and a list of rows in it; `:columns: edges seconds` takes only
+these. Below the table stand the command, the commit, and the machine.
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from docutils import nodes
 from sphinx.application import Sphinx
@@ -22,13 +22,18 @@ FOLDER = Path(__file__).parents[2] / "bench" / "results"
 
 class Measured(SphinxDirective):
     required_arguments = 2
+    option_spec: ClassVar = {"columns": str.split}
 
     def run(self) -> list[nodes.Node]:
         name, table = self.arguments
         path = FOLDER / name
         self.env.note_dependency(str(path))
         report = json.loads(path.read_text())
-        text = f"{markdown(report[table])}\n\n{about(report['about'])}"
+        rows = report[table]
+        if (columns := self.options.get("columns")) is not None:
+            rows = [{key: row[key] for key in columns if key in row} for row in rows]
+            rows = [row for row in rows if len(row) == len(columns)]
+        text = f"{markdown(rows)}\n\n{about(report['about'])}"
         return self.parse_text_to_nodes(text)
 
 

@@ -25,7 +25,9 @@ class SpectralBound(NamedTuple):
 def in_unit(array: jax.Array) -> tuple[jax.Array, jax.Array]:
     """`array` over its `unit_of`, and that unit: magnitudes of at most 8 where they are finite."""
     unit = unit_of(array)
-    return array / unit, unit
+    # a second division of the same array may not be merged with this one: the product of the two
+    # divisors leaves the range, and a matrix of large entries would count as 0 (seen on a GPU)
+    return jax.lax.optimization_barrier(array / unit), unit
 
 
 def _flushed(matrix: jax.Array) -> jax.Array:
