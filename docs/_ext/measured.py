@@ -4,7 +4,8 @@
 :::
 
 names a file of `bench/results` and a list of rows in it; `:columns: edges seconds` takes only
-these. Below the table stand the command, the commit, and the machine.
+these. Below the table stand the command, the commit, and the machine, but for `:continued:`, where
+another table of the same file follows.
 """
 
 import json
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from docutils import nodes
+from docutils.parsers.rst import directives
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
@@ -22,7 +24,7 @@ FOLDER = Path(__file__).parents[2] / "bench" / "results"
 
 class Measured(SphinxDirective):
     required_arguments = 2
-    option_spec: ClassVar = {"columns": str.split}
+    option_spec: ClassVar = {"columns": str.split, "continued": directives.flag}
 
     def run(self) -> list[nodes.Node]:
         name, table = self.arguments
@@ -33,8 +35,8 @@ class Measured(SphinxDirective):
         if (columns := self.options.get("columns")) is not None:
             rows = [{key: row[key] for key in columns if key in row} for row in rows]
             rows = [row for row in rows if len(row) == len(columns)]
-        text = f"{markdown(rows)}\n\n{about(report['about'])}"
-        return self.parse_text_to_nodes(text)
+        end = "" if "continued" in self.options else about(report["about"])
+        return self.parse_text_to_nodes(f"{markdown(rows)}\n\n{end}")
 
 
 def about(found: dict[str, Any]) -> str:
