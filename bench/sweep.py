@@ -47,12 +47,12 @@ def main() -> None:
     if arguments.one:
         one(arguments.one[0], int(arguments.one[1]))
         return
-    report = {"about": about(), **measured(8 if arguments.smoke else 1000)}
+    report = {"about": about(), **(measured(8, 1) if arguments.smoke else measured(1000))}
     print(json.dumps(report, indent=1))
     arguments.out.write_text(json.dumps(report, indent=1) + "\n")
 
 
-def measured(size: int) -> dict[str, Any]:
+def measured(size: int, separate: int = SEPARATE) -> dict[str, Any]:
     names = ("baseline", "dense16")
     sweep = Sweep(
         suites=tuple(Suite(generator=name) for name in names),
@@ -68,7 +68,7 @@ def measured(size: int) -> dict[str, Any]:
     assert len(result.table["gap"]) == len(names) * size
 
     here, alone = [], []
-    for seed in range(SEPARATE):
+    for seed in range(separate):
         for name in names:
             start = time.perf_counter()
             one(name, seed)

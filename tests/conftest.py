@@ -29,16 +29,17 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # tracing makes objects by the million, and a full collection looks at every compiled program
 gc.set_threshold(50_000, 10, 10)
 
-TOGETHER = ("test_demo", "test_live", "test_report", "test_validation")
-"""Modules whose tests share something that takes long to make."""
+DIVIDED = ("test_balance", "test_catalogue", "test_clients", "test_drop_in")
+"""Modules of minutes: each of their functions may go to another process."""
 
 
 class Scheduling(LoadScopeScheduling):
-    """One test at a time to whoever is free, but for the modules that stay in one process."""
+    """A module stays in one process: its tests share thousands of the smallest programs."""
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.split("::")[0]
-        return module if module.endswith(tuple(f"{name}.py" for name in TOGETHER)) else nodeid
+        divided = module.endswith(tuple(f"{name}.py" for name in DIVIDED))
+        return nodeid.split("[")[0] if divided else module
 
 
 @pytest.hookimpl(optionalhook=True)

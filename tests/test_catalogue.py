@@ -6,7 +6,7 @@ tests/test_catalogue.py` writes it anew, and the test fails where it is out of d
 
 import os
 import warnings
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -21,7 +21,8 @@ from tests.catalogue import catalogue, parameters_of
 
 pytestmark = pytest.mark.once
 PAGE = Path(__file__).parents[1] / "docs" / "guide" / "catalogue.md"
-CATALOGUE = catalogue()
+CATALOGUE = {name: cache(make) for name, make in catalogue().items()}
+"""One object each: what was found out about it is remembered."""
 START = {"w": jnp.linspace(-1, 1, 6).reshape(3, 2), "b": jnp.array([0.5, -0.5])}
 BATCH = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
 STEPS = 12
