@@ -9,6 +9,8 @@ import pytest
 from optax.experimental import aggregating
 
 import smallgain_jax as sg
+from smallgain_jax.losses import prices
+from smallgain_jax.losses.sharing import passes
 from tests.products import exact
 
 A = np.diag([1.0, 3.0])
@@ -65,6 +67,38 @@ def test_prices_are_curvatures(curvature):
     np.testing.assert_allclose(state.info.limit, 2000, rtol=1e-5)
     np.testing.assert_allclose(state.info.sharpness_ratio, top[2] / 2000, rtol=1e-3)
     assert np.sum(state.info.cost[:, 0]) >= state.info.sharpness
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("heads", [2, 3])
+def test_losses_on_one_network_are_priced_by_one_program(heads, monkeypatch):
+    """It is smaller; and one program or several, prices are the same."""
+    rng = np.random.default_rng(0)
+    params = {"in": rng.normal(size=(64, 8)) / 8, "out": rng.normal(size=(heads, 8))}
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    x = jnp.asarray(rng.normal(size=(16, 64)), jnp.float32)
+
+    def together(p):
+        hidden = jnp.tanh(x @ p["in"])
+        return {str(k): (k + 1) * jnp.mean((hidden @ p["out"][k]) ** 2) for k in range(heads)}
+
+    def apart(p):
+        return {str(k): together(p)[str(k)] for k in range(heads)}
+
+    def look(losses):
+        optimizer = sg.small_gain(optax.sgd(1e-3), losses, every=1, **PRICED)
+        start, gradient = optimizer.init(params), jax.grad(total(losses))(params)
+        program = jax.jit(optimizer.update).trace(gradient, start, params)
+        _, state = program.lower().compile()(gradient, start, params)
+        return str(program.jaxpr).count("dot_general"), state.info.cost
+
+    assert passes(lambda p: list(together(p).values()), params) > 0.8 * heads
+    assert passes(lambda p: list(apart(p).values()), params) == 1
+    small, cost = look(together)
+    monkeypatch.setattr(prices, "_pays_apart", lambda *_: True)
+    large, each = look(together)
+    np.testing.assert_allclose(each, cost, rtol=1e-4)
+    assert large > 1.5 * small
 
 
 @pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
