@@ -22,7 +22,8 @@ import optax
 from bench.run import about
 from smallgain_jax.losses.balance import balance_flow, balance_gradient, balance_residual
 from smallgain_jax.losses.losses import Losses, terms
-from smallgain_jax.losses.two_phase import balance_newton, two_phase
+from smallgain_jax.losses.newton import balance_newton
+from smallgain_jax.losses.two_phase import two_phase
 
 TRIPLE = np.array([[3.0, 1.0], [-1.0, 4.0], [1.0, -2.0]])
 WAVES = np.array([[2.0, 1.0], [-1.0, 3.0], [0.0, -2.0]])

@@ -27,7 +27,8 @@ from sklearn.datasets import load_digits
 
 from smallgain_jax.losses.balance import balance_flow, balance_residual
 from smallgain_jax.losses.losses import terms
-from smallgain_jax.losses.two_phase import balance_newton, two_phase
+from smallgain_jax.losses.newton import balance_newton
+from smallgain_jax.losses.two_phase import two_phase
 
 jax.config.update("jax_enable_x64", True)
 

@@ -19,13 +19,8 @@ from smallgain_jax.losses.balance import (
     interaction_ratio,
 )
 from smallgain_jax.losses.losses import terms
-from smallgain_jax.losses.two_phase import (
-    BALANCE,
-    LOSS,
-    balance_newton,
-    smallest_curvature,
-    two_phase,
-)
+from smallgain_jax.losses.newton import balance_newton, smallest_curvature
+from smallgain_jax.losses.two_phase import BALANCE, LOSS, two_phase
 from smallgain_jax.spectral.lanczos import lanczos
 from tests.products import exact
 
