@@ -171,25 +171,7 @@ def throttle(
     def init(params: Any) -> ThrottleState:
         return _initial_state(params, base.init(params), settings)
 
-    def update(
-        updates: Any, state: ThrottleState, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, ThrottleState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
-        raw, base_state = base.update(updates, state.base_state, params, **extra_args)
-        args = extra_args.get("term_args") or ()
-        moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
-        if extra_args.get("value") is not None:
-            usable &= jnp.all(jnp.isfinite(extra_args["value"]))
-        kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
-        skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        # chosen first, then scaled: compiled code would multiply the base's own factor by alpha
-        # before the gradient, a product that may fall below the normal numbers, to 0
-        safe = select(usable, raw, jax.tree.map(jnp.zeros_like, raw))
-        scaled = _scale(safe, jnp.where(usable, moved.alpha, 1))
-        return scaled, kept._replace(skipped=skipped)
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, partial(_throttled, base, settings))
 
 
 class _Settings(NamedTuple):
@@ -210,6 +192,31 @@ class _Settings(NamedTuple):
     loss: Callable[..., jax.Array] | None
     same_batch: bool
     power_steps: int
+
+
+def _throttled(
+    base: optax.GradientTransformationExtraArgs,
+    settings: _Settings,
+    updates: Any,
+    state: ThrottleState,
+    params: Any = None,
+    **extra_args: Any,
+) -> tuple[Any, ThrottleState]:
+    """The base optimizer's update times alpha."""
+    if params is None:
+        raise ValueError(PARAMS_NEEDED)
+    raw, base_state = base.update(updates, state.base_state, params, **extra_args)
+    args = extra_args.get("term_args") or ()
+    moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
+    if extra_args.get("value") is not None:
+        usable &= jnp.all(jnp.isfinite(extra_args["value"]))
+    kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
+    skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
+    # chosen first, then scaled: compiled code would multiply the base's own factor by alpha
+    # before the gradient, a product that may fall below the normal numbers, to 0
+    safe = select(usable, raw, jax.tree.map(jnp.zeros_like, raw))
+    scaled = _scale(safe, jnp.where(usable, moved.alpha, 1))
+    return scaled, kept._replace(skipped=skipped)
 
 
 def _check(settings: _Settings) -> None:

@@ -84,14 +84,9 @@ def loss_gradnorm(
 
     def init(params: Any) -> GradNormState:
         check_params(params)
-        dtype = stat_dtype(params)
-        num_terms = len(terms.names_at(params))
+        ones = jnp.ones(len(terms.names_at(params)), stat_dtype(params))
         return GradNormState(
-            zero_count(),
-            jnp.ones(num_terms, dtype),
-            jnp.zeros(num_terms, dtype),
-            zero_count(),
-            base.init(params),
+            zero_count(), ones, jnp.zeros_like(ones), zero_count(), base.init(params)
         )
 
     def update(
@@ -108,9 +103,7 @@ def loss_gradnorm(
         sizes = jax.tree.leaves(jax.tree.map(partial(_squares, dtype), grads))
         norms = state.weights * jnp.sqrt(sum(sizes, jnp.zeros_like(values)))
         part = jnp.abs(values) / jnp.where(first != 0, jnp.abs(first), 1)
-        lag = part / jnp.where(jnp.mean(part) > 0, jnp.mean(part), 1)
-        aim = target_norm * jnp.mean(norms) * lag**alpha
-        ratio = jnp.where(norms > 0, aim / jnp.where(norms > 0, norms, 1), 1)
+        ratio = _aim_over(norms, part, target_norm, alpha)
         moved = state.weights * (1 + update_rate * (ratio - 1))
         moved = jnp.clip(moved / jnp.mean(moved), floor, ceiling)
         weights = jnp.where(healthy, moved, state.weights)
@@ -151,6 +144,15 @@ def loss_auto_cap(
     check_target(target)
     guard: Any = target
     return loss_small_gain(base_optimizer, terms, target=target, guard=guard, **keywords)
+
+
+def _aim_over(
+    norms: jax.Array, part: jax.Array, target_norm: ArrayLike, alpha: ArrayLike
+) -> jax.Array:
+    """What each norm [K] is to be, more where a loss lags behind, over what it is; 1 for none."""
+    lag = part / jnp.where(jnp.mean(part) > 0, jnp.mean(part), 1)
+    aim = target_norm * jnp.mean(norms) * lag**alpha
+    return jnp.where(norms > 0, aim / jnp.where(norms > 0, norms, 1), 1)
 
 
 def _squares(dtype: Any, stacked: jax.Array) -> jax.Array:

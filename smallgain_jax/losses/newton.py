@@ -5,6 +5,7 @@ Hessian-vector product per dimension and never the matrix.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -146,11 +147,6 @@ def balance_newton(
     check_iterations(iterations)
     check_fraction("decrease", decrease)
 
-    def init(params: Any) -> BalanceNewtonState:
-        info = empty_info(losses, params)
-        more = (jnp.zeros_like(info.balance), jnp.zeros_like(info.balance))
-        return BalanceNewtonState(zero_count(), zero_count(), BalanceNewtonInfo(*info, *more))
-
     def update(
         updates: Any,
         state: BalanceNewtonState,
@@ -170,7 +166,6 @@ def balance_newton(
             return values, balance_of(grads, weights)
 
         values, here = gradients(params)
-        square = optax.tree.norm(here.total, squared=True)
         # weights over their largest, as in `here`: the step does not feel a common factor
         product, total = _hessian_product(losses, params, term_args, here.weights), here.total
         direction, left = _least_residual(product, ravel_pytree(total)[0], iterations)
@@ -180,12 +175,9 @@ def balance_newton(
         def trial(step: jax.Array) -> Trial:
             moved = cast_like(optax.tree.scale(step, direction), params)
             _, there = gradients(optax.tree.add(params, moved))
-            scales = here.inverse_scale / there.inverse_scale
-            ratio = optax.tree.norm(there.total, squared=True) * scales**2
-            slope = -2 * (1 - left**2) * step
-            return Trial(ratio / jnp.where(square > 0, square, 1), slope, moved)
+            return Trial(_square_over(there, here), -2 * (1 - left**2) * step, moved)
 
-        one = jnp.ones((), square.dtype)
+        one = jnp.ones((), left.dtype)
         search = armijo(trial, one, decrease=decrease, max_backtracks=max_backtracks)
         fine = all_finite((updates, values, here.residual, direction))
         step = jnp.where(fine & search.accepted, search.step, 0)
@@ -199,7 +191,21 @@ def balance_newton(
             ),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(partial(_initial, losses), update)
+
+
+def _initial(losses: Losses, params: Any) -> BalanceNewtonState:
+    info = empty_info(losses, params)
+    more = (jnp.zeros_like(info.balance), jnp.zeros_like(info.balance))
+    return BalanceNewtonState(zero_count(), zero_count(), BalanceNewtonInfo(*info, *more))
+
+
+def _square_over(there: Balance, here: Balance) -> jax.Array:
+    """|s|^2 at one place over that at another."""
+    before = optax.tree.norm(here.total, squared=True)
+    scales = here.inverse_scale / there.inverse_scale
+    after = optax.tree.norm(there.total, squared=True) * scales**2
+    return after / jnp.where(before > 0, before, 1)
 
 
 def _least_residual(

@@ -286,77 +286,7 @@ def _transformation(
         per_term=aggregates or settings.policy == "greedy",
         aggregates=aggregates,
     )
-
-    def init(params: Any) -> TrainingState:
-        return _initial(wiring, params)
-
-    def compute(
-        updates: Any,
-        state: TrainingState,
-        params: Any = None,
-        *,
-        term_grads: Any = None,
-        term_values: jax.Array | None = None,
-        term_args: Any = (),
-        curvature_args: Any = None,
-        weighted: bool = False,
-        **extra_args: Any,
-    ) -> tuple[Any, TrainingState]:
-        batch = Batch.of(term_args)
-        at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
-        given = _checked(updates, params, state, Given(term_grads, term_values, weighted))
-        blind = _is_blind(wiring, params, at)
-
-        seen = observe(
-            losses, settings, updates, params, batch, given, wiring.per_term, state.weights
-        )
-        foreign = held_foreign(state.foreign, seen.fit)
-        healthy = _healthy(updates, seen, extra_args.get("value"))
-        appeared = _appeared(settings, state, seen.values)
-        due = healthy & ((state.wait <= 0) | jnp.any(appeared))
-        same = seen if curvature_args is None else seen._replace(gradients=None)
-        own = batch if losses.lacks(batch) is None else at
-        late = settings.unitless and given.weighted and given.term_grads is None
-        look = _Look(params, at, own, appeared, updates if late else None)
-        decision = _decide(wiring, state, look, same, due, blind)
-        weights = _in_force(settings, state, decision, foreign)
-        judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
-
-        plain = plain_weight(settings, decision.first_weights)
-        gradient = decision.updates if late else seen.reweighted(weights, plain)
-        if aggregates:
-            gradient = jax.tree.map(partial(_times, weights), seen.gradients)
-        gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
-        if settings.reweights and not blind:
-            extra_args = _weighted_args(losses, batch, weights, seen, gradient, extra_args)
-        move, base_state = wiring.base.update(gradient, state.base_state, params, **extra_args)
-
-        factors = _factors(settings, state, decision)
-        move = _scaled(move, factors, params, settings.blocks)
-        healthy = healthy & finite(jax.tree.map(jnp.add, params, move))
-        judged = judged._replace(rewind=judged.rewind & bool(judged.watch.anchor))
-        move, base_state = _settled(state, params, judged, healthy, move, base_state)
-        info = _info(settings, state, seen, decision, judged, healthy, weights, factors)
-        measured = decision.measured
-        new_state = TrainingState(
-            count=jnp.where(healthy, optax.safe_increment(state.count), state.count),
-            weights=jnp.where(healthy, weights, state.weights),
-            first_weights=decision.first_weights,
-            log_weights=decision.log_weights,
-            scores=decision.scores,
-            turn=measured.turn,
-            looks=state.looks + due,
-            wait=_next_wait(settings, state, judged, measured, healthy, due, blind),
-            misses=measured.misses,
-            reported=decision.reported,
-            foreign=foreign,
-            vectors=measured.vectors,
-            watch=regrown(judged.watch),
-            base_state=base_state,
-            info=info,
-        )
-        return move, cast_like(new_state, state)
-
+    compute = partial(_compute, wiring)
     compiled = jax.jit(compute, static_argnames="weighted")
     report_lost = host_report()
 
@@ -383,7 +313,92 @@ def _transformation(
             raise
         return found
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(partial(_initial, wiring), update)
+
+
+def _compute(
+    wiring: _Wiring,
+    updates: Any,
+    state: TrainingState,
+    params: Any = None,
+    *,
+    term_grads: Any = None,
+    term_values: jax.Array | None = None,
+    term_args: Any = (),
+    curvature_args: Any = None,
+    weighted: bool = False,
+    **extra_args: Any,
+) -> tuple[Any, TrainingState]:
+    """An update: observe, price and decide, judge, mix, step, settle."""
+    losses, settings = wiring.losses, wiring.settings
+    batch = Batch.of(term_args)
+    at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
+    given = _checked(updates, params, state, Given(term_grads, term_values, weighted))
+    blind = _is_blind(wiring, params, at)
+
+    seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, state.weights)
+    foreign = held_foreign(state.foreign, seen.fit)
+    healthy = _healthy(updates, seen, extra_args.get("value"))
+    appeared = _appeared(settings, state, seen.values)
+    due = healthy & ((state.wait <= 0) | jnp.any(appeared))
+    same = seen if curvature_args is None else seen._replace(gradients=None)
+    own = batch if losses.lacks(batch) is None else at
+    late = settings.unitless and given.weighted and given.term_grads is None
+    look = _Look(params, at, own, appeared, updates if late else None)
+    decision = _decide(wiring, state, look, same, due, blind)
+    weights = _in_force(settings, state, decision, foreign)
+    judged = _judge(wiring, state, params, at, weights, due | ~healthy, blind)
+
+    gradient = _mixed(wiring, seen, decision, weights, late)
+    gradient = jax.tree.map(lambda g: jnp.where(healthy, g, 0), gradient)
+    if settings.reweights and not blind:
+        extra_args = _weighted_args(losses, batch, weights, seen, gradient, extra_args)
+    move, base_state = wiring.base.update(gradient, state.base_state, params, **extra_args)
+
+    factors = _factors(settings, state, decision)
+    move = _scaled(move, factors, params, settings.blocks)
+    healthy = healthy & finite(jax.tree.map(jnp.add, params, move))
+    judged = judged._replace(rewind=judged.rewind & bool(judged.watch.anchor))
+    move, base_state = _settled(state, params, judged, healthy, move, base_state)
+    info = _info(settings, state, seen, decision, judged, healthy, weights, factors)
+    wait = _next_wait(settings, state, judged, decision.measured, healthy, due, blind)
+    kept = state._replace(looks=state.looks + due, wait=wait, foreign=foreign)
+    after = _advanced(kept, decision, judged, healthy, weights)
+    return move, cast_like(after._replace(base_state=base_state, info=info), state)
+
+
+def _mixed(
+    wiring: _Wiring, seen: Incoming, decision: _Decision, weights: jax.Array, late: bool
+) -> Any:
+    """The gradient that the base optimizer is given."""
+    if wiring.aggregates:
+        return jax.tree.map(partial(_times, weights), seen.gradients)
+    if late:
+        return decision.updates
+    return seen.reweighted(weights, plain_weight(wiring.settings, decision.first_weights))
+
+
+def _advanced(
+    state: TrainingState,
+    decision: _Decision,
+    judged: _Judgement,
+    healthy: jax.Array,
+    weights: jax.Array,
+) -> TrainingState:
+    """The state with what was decided and judged."""
+    measured = decision.measured
+    return state._replace(
+        count=jnp.where(healthy, optax.safe_increment(state.count), state.count),
+        weights=jnp.where(healthy, weights, state.weights),
+        first_weights=decision.first_weights,
+        log_weights=decision.log_weights,
+        scores=decision.scores,
+        turn=measured.turn,
+        misses=measured.misses,
+        reported=decision.reported,
+        vectors=measured.vectors,
+        watch=regrown(judged.watch),
+    )
 
 
 def _aggregator(params: Any) -> Probe:

@@ -60,20 +60,7 @@ def train_step(
     update = _with_extra_args(optimizer)
 
     def step(params: Any, state: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any, dict[str, Any]]:
-        if isinstance(params, TrainingState):
-            raise TypeError("params is a state: the order is step(params, state, *args)")
-        check_params(params)
-        missing = own.lacks(Batch(args, kwargs))
-        if missing is not None:
-            raise TypeError(
-                f"step: the losses take {missing!r} besides params, and step was not given it; "
-                "hand the batch over, as in step(params, state, batch)"
-            )
-        names = own.names_of_batch(params, *args, **kwargs)
-        if {"total", "aux"} & set(names):
-            raise ValueError(
-                f"names = {names}: 'total' and 'aux' are keys of the metrics, name it otherwise"
-            )
+        names = _checked_names(own, params, Batch(args, kwargs))
         weights = _weights(state, len(names))
         found, gradient = own.value_and_weighted_grad(weights, params, *args, **kwargs)
         values, aux = found if own.has_aux else (found, None)
@@ -114,6 +101,25 @@ def train_step(
         return found
 
     return train
+
+
+def _checked_names(losses: Losses, params: Any, batch: Batch) -> tuple[str, ...]:
+    """Names of the losses, where a step can be made of these arguments."""
+    if isinstance(params, TrainingState):
+        raise TypeError("params is a state: the order is step(params, state, *args)")
+    check_params(params)
+    missing = losses.lacks(batch)
+    if missing is not None:
+        raise TypeError(
+            f"step: the losses take {missing!r} besides params, and step was not given it; "
+            "hand the batch over, as in step(params, state, batch)"
+        )
+    names = losses.names_of_batch(params, *batch.args, **batch.kwargs)
+    if {"total", "aux"} & set(names):
+        raise ValueError(
+            f"names = {names}: 'total' and 'aux' are keys of the metrics, name it otherwise"
+        )
+    return names
 
 
 def _with_extra_args(optimizer: Any) -> Callable[..., Any]:

@@ -169,15 +169,8 @@ def kappa_budget(
         out, bounds, vectors = _projected(seen, chain, old, safe, settings)
         out = [jnp.where(usable, u, 0) for u in out]
         left = jax.lax.stop_gradient([stored(old[k], out[k]) for k, _ in chain.found])
-        gains = chain.gains(bounds.dtype)
-        info = KappaInfo(
-            kappas=seen.caps * gains,
-            bounds=bounds * gains,
-            norms=seen.norms * gains,
-            pressure=seen.pressure,
-            acted=jnp.ones_like(seen.over) if projection == "soft" else seen.over,
-            cosine=_cosine(safe, out, bounds.dtype),
-        )
+        cosine = _cosine(safe, out, bounds.dtype)
+        info = _info(seen, chain, bounds, projection, cosine)
         new_state = KappaState(
             count=optax.safe_increment(state.count),
             skipped=state.skipped,
@@ -273,6 +266,20 @@ class _Seen(NamedTuple):
     pressure: jax.Array  # [n]
     caps: jax.Array  # [n]
     over: jax.Array  # [n] bool
+
+
+def _info(
+    seen: _Seen, chain: _Chain, bounds: jax.Array, projection: str, cosine: jax.Array
+) -> KappaInfo:
+    gains = chain.gains(bounds.dtype)
+    return KappaInfo(
+        kappas=seen.caps * gains,
+        bounds=bounds * gains,
+        norms=seen.norms * gains,
+        pressure=seen.pressure,
+        acted=jnp.ones_like(seen.over) if projection == "soft" else seen.over,
+        cosine=cosine,
+    )
 
 
 def _observe(
