@@ -85,12 +85,11 @@ def quadratics(smoke: bool) -> list[dict[str, Any]]:
     methods: dict[str, Callable[[Any], Any]] = {
         "plain": optax.sgd,
         "throttle": lambda r: throttle(optax.sgd(r), r),
-        "throttle, order 1": lambda r: throttle(optax.sgd(r), r, order=1),
-        "throttle, order 2": lambda r: throttle(optax.sgd(r), r, order=2),
         "throttle, chi 1": lambda r: throttle(optax.sgd(r), r, chi=1.0),
-        "throttle, chi 1.75, tolerance 5": lambda r: throttle(
-            optax.sgd(r), r, chi=1.75, tolerance=5.0
-        ),
+        "formula": lambda r: throttle(optax.sgd(r), r, tolerance=None),
+        "formula, order 1": lambda r: throttle(optax.sgd(r), r, order=1, tolerance=None),
+        "formula, order 2": lambda r: throttle(optax.sgd(r), r, order=2, tolerance=None),
+        "formula, chi 1": lambda r: throttle(optax.sgd(r), r, chi=1.0, tolerance=None),
         "Malitsky-Mishchenko": lambda r: malitsky_mishchenko(1e-3),
     }
     table = []
@@ -191,10 +190,14 @@ def networks(smoke: bool) -> list[dict[str, Any]]:
         print(seed, dict(zip(GRID, map(float, last), strict=True)), file=sys.stderr)
     table = [{"method": "plain, best of grid", "loss": best}]
     settings = {
-        "formula (chi 1.5)": {},
-        "chi 2": {"chi": 2.0},
-        "chi 2, hvp": {"chi": 2.0, "curvature": "hvp", "loss": objective},
-        "chi 1.75, tolerance 5": {"chi": 1.75, "tolerance": 5.0},
+        "throttle": {},
+        "throttle, chi 1.75": {"chi": 1.75},
+        "formula": {"tolerance": None},
+        "formula, chi 2": {"chi": 2.0, "tolerance": None},
+        "formula, chi 2, hvp": {
+            **{"chi": 2.0, "tolerance": None},
+            **{"curvature": "hvp", "loss": objective},
+        },
     }
     makers: dict[str, Callable[[], Any]] = {"Malitsky-Mishchenko": malitsky_mishchenko}
     for rate in (0.4, 4.0):
@@ -220,9 +223,7 @@ def disturbances(smoke: bool) -> list[dict[str, Any]]:
     methods = {
         "plain, 0.1": lambda: optax.with_extra_args_support(optax.sgd(0.1)),
         "throttle, 4": lambda: throttle(optax.sgd(4.0), 4.0),
-        "throttle, 4, chi 1.75, tolerance 5": lambda: throttle(
-            optax.sgd(4.0), 4.0, chi=1.75, tolerance=5.0
-        ),
+        "formula, 4": lambda: throttle(optax.sgd(4.0), 4.0, tolerance=None),
     }
     table = []
     for case, disturb in cases.items():

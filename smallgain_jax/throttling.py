@@ -60,7 +60,7 @@ def throttle(
     damping: ArrayLike = 0.8,
     alpha_min: ArrayLike = 1e-8,
     alpha_max: ArrayLike = 1.0,
-    tolerance: ArrayLike | None = None,
+    tolerance: ArrayLike | None = 5.0,
     probe: ArrayLike = 1e-3,
     quantum: ArrayLike | None = None,
     curvature: str = "secant",
@@ -77,7 +77,8 @@ def throttle(
     - order 1: $\alpha \leftarrow \alpha + k\,(\chi - \eta\,\alpha\,C)$;
     - order 2: $v \leftarrow 0.8\,v + k\,(\chi - \eta\,\alpha\,C)$, $\alpha \leftarrow \alpha + v$,
 
-    within [alpha_min, alpha_max]. Orders 1 and 2 smooth the way up only: alpha never exceeds what
+    within [alpha_min, alpha_max], and alpha gives way only once the gradient's norm has grown to
+    `tolerance` times its quiet level; until then it holds. Orders 1 and 2 smooth the way up only: alpha never exceeds what
     order 0 allows, and $k = \mathrm{gain} / \max(1, \eta C)$, without which the controller is
     itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$.
 
@@ -92,16 +93,12 @@ def throttle(
 
     Networks sharpen until a fixed step is at its limit, and then stay there (Cohen et al. 2021). A
     rule that gives way whenever curvature rises chases it down instead, to a step several times
-    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). With `tolerance`
-    alpha gives way only when the gradient's norm has grown to that multiple of its quiet level, and
-    holds otherwise. chi = 1.75 and tolerance = 5 suit full-batch training of networks; chi = 2
-    with a tolerance does not recover from what it tolerated. The price: a growth that never
-    reaches the tolerance is never answered. The default, None, is the formula above, for objectives
-    whose curvature does not follow the step.
-
-    Mini-batches: the difference of two batches' gradients is noise that does not shrink with the
-    step. Where it exceeds chi times the gradient, alpha falls geometrically, to alpha_min. Use
-    `same_batch`, or "hvp", there.
+    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). And the difference
+    of two mini-batches' gradients is noise that does not shrink with the step: the formula alone
+    would follow it down, geometrically where it exceeds chi times the gradient. Hence the
+    tolerance. Its price: a growth that never reaches it is never answered, and before one is, the
+    gradient has grown that much. On quadratics, whose curvature follows nothing, `tolerance=None`
+    is the formula alone; chi = 2 does not recover from what a tolerance lets pass.
 
     Args:
       base_optimizer: any optax optimizer. Its update u is scaled, its state is untouched.
@@ -113,7 +110,8 @@ def throttle(
       order: 0, 1 or 2, static.
       gain, damping: k and the velocity's decay, orders 1 and 2; in [0, 1].
       alpha_min, alpha_max: bounds, 0 < alpha_min <= alpha_max <= 1.
-      tolerance: None, or how many times the quiet gradient norm counts as unstable, above 1.
+      tolerance: how many times the quiet gradient norm counts as unstable, above 1; None answers
+        every rise of the curvature, that of mini-batches' noise too.
       probe: until there is a secant there is nothing to go by, and updates are cut to a norm of at
         most probe (1 + ||params||), below alpha_min if need be: the first, and those after updates
         too short to tell, or of 0.
@@ -125,7 +123,7 @@ def throttle(
       loss: `loss(params, *term_args)`, scalar; for "hvp", "power" and `same_batch`. Its further
         arguments are given to `update` as the extra argument `term_args`, a tuple.
       same_batch: evaluate the new batch's gradient at the old parameters too, so that the secant
-        holds no batch noise; one more gradient a step.
+        holds no batch noise; one more gradient a step. For `tolerance=None` on mini-batches.
       power_steps: Hessian-vector products per update with "power", static.
 
     Returns:

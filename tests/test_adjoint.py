@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import smallgain_jax as sg
-from tests.compiling import jit_well
+from tests.compiling import in_turn, jit_well
 
 NODES, EDGES = 10, 6
 
@@ -131,7 +131,7 @@ def smooth_at(problem, x):
 def test_derivative_is_that_of_a_dense_solve(dim):
     problem = stacked(150, dim)
     rng = np.random.default_rng(0)
-    result = jax.jit(jax.vmap(solve))(problem)
+    result = jax.jit(in_turn(solve))(problem)
     assert result.info.converged.all()
     smooth = np.asarray(jax.jit(jax.vmap(smooth_at))(problem, result.x))
     assert smooth.sum() >= 100
@@ -140,17 +140,17 @@ def test_derivative_is_that_of_a_dense_solve(dim):
 
     theta, _ = eqx.partition(problem[:2], eqx.is_inexact_array)
     data = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape)), (x, theta))
-    expected = jit_well(jax.vmap(differences))(problem, x, *data)
+    expected = jit_well(in_turn(differences))(problem, x, *data)
     scale = np.abs(expected).max(axis=1, keepdims=True)
 
     def wrong(found):
         return (np.abs(found - np.asarray(expected)) / scale)[smooth].max()
 
     for mode in (reverse, forward):
-        assert wrong(jax.jit(jax.vmap(mode))(problem, *data)) < 1e-7
+        assert wrong(jax.jit(in_turn(mode))(problem, *data)) < 1e-7
     with jax.enable_x64(False):
         cast = partial(jax.tree.map, lambda a: a.astype(jnp.float32) if a.dtype == float else a)
-        assert wrong(jax.jit(jax.vmap(reverse))(cast(problem), *cast(data))) < 1e-3
+        assert wrong(jax.jit(in_turn(reverse))(cast(problem), *cast(data))) < 1e-3
 
 
 def pair(a=1.0, weight=0.5, target=(0.2, 0.8)):

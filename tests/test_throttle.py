@@ -42,7 +42,7 @@ def gradient_norms(make, hessian, start, rate, steps):
 def test_every_quadratic_converges(order):
     problems = [jnp.asarray(array, float) for array in quadratics(1000)[:3]]
     cond = quadratics(1000)[3]
-    make = lambda rate: throttle(optax.sgd(rate), rate, order=order)
+    make = lambda rate: throttle(optax.sgd(rate), rate, order=order, tolerance=None)
     run = jit_well(jax.vmap(partial(gradient_norms, make, steps=5000)))
     norms = np.asarray(run(*problems))
     relative = norms / norms[:, :1]
@@ -53,6 +53,45 @@ def test_every_quadratic_converges(order):
     assert ((relative <= 1e-3).argmax(axis=1) <= 150 + np.log(1e3) / 1.5 * cond).all()
     # an underestimated curvature lets the gradient rise, by a factor and not without end
     assert relative.max() < 10
+
+
+@pytest.mark.once
+def test_by_default_hardly_a_quadratic_stays_above():
+    problems = [jnp.asarray(array, float) for array in quadratics(1000)[:3]]
+    make = lambda rate: throttle(optax.sgd(rate), rate)
+    norms = np.asarray(jit_well(jax.vmap(partial(gradient_norms, make, steps=5000)))(*problems))
+    relative = norms / norms[:, :1]
+    assert np.isfinite(relative).all()
+    # a growth that stays below the tolerance is never answered
+    assert (relative <= 1e-3).any(axis=1).mean() >= 0.997
+    assert relative.max() < 50
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("base", [optax.sgd, optax.adam])
+def test_noise_of_batches_costs_nothing(base):
+    rng = np.random.default_rng(0)
+    x, solution = jnp.asarray(rng.standard_normal((512, 8))), jnp.arange(8.0)
+    y = x @ solution + jnp.asarray(rng.standard_normal(512))
+    batches = jnp.asarray(rng.integers(0, 512, (1500, 8)))
+    loss = lambda w, rows: jnp.mean((x[rows] @ w - y[rows]) ** 2)
+
+    def end(optimizer):
+        def step(carry, rows):
+            w, state = carry
+            updates, state = optimizer.update(jax.grad(loss)(w, rows), state, w)
+            w = optax.apply_updates(w, updates)
+            return (w, state), jnp.linalg.norm(w - solution)
+
+        start = jnp.zeros(8)
+        distance = jax.lax.scan(step, (start, optimizer.init(start)), batches)[1]
+        return float(distance[-300:].mean())
+
+    rate = 0.03
+    alone, throttled = end(base(rate)), end(throttle(base(rate), None))
+    formula = end(throttle(base(rate), None, tolerance=None))
+    assert throttled <= 1.05 * alone
+    assert formula > 1.5 * alone  # what the tolerance is for
 
 
 @pytest.mark.once
@@ -102,7 +141,7 @@ def test_secant_and_control_against_numpy():
     rng = np.random.default_rng(0)
     params, grads = rng.standard_normal((2, 30, 4))
     rate, chi, ema = 0.7, 1.5, 0.05
-    optimizer = throttle(optax.sgd(rate), rate, chi=chi, ema=ema)
+    optimizer = throttle(optax.sgd(rate), rate, chi=chi, ema=ema, tolerance=None)
     update = jax.jit(optimizer.update)
     state = optimizer.init(jnp.zeros(4))
     average = None

@@ -12,6 +12,7 @@ import smallgain_jax as sg
 from smallgain_jax.graphs.small_gain import STATIC
 from smallgain_jax.tools import scenarios
 from smallgain_jax.tools.scenarios import random_graph
+from tests.compiling import in_turn
 from tests.graphs import SLACK, steps_to
 
 BASES = {
@@ -328,7 +329,7 @@ def test_budgets_hold_for_the_weights_in_force(policy):
     top = graph.curvature(x0).lipschitz
 
     @jax.jit
-    @jax.vmap
+    @in_turn
     def run(rate):
         optimizer = sg.small_gain(
             optax.sgd(rate), graph, limit=2 / rate, policy=policy, smoothing=None,

@@ -51,6 +51,9 @@ RATES = np.outer([0.01, 0.1, 1.0], [1.0, 1.6, 2.5, 4.0, 6.3]).ravel()
 MOMENTUM = 0.5
 """Of the base optimizer under `small_gain, momentum`."""
 
+FLOOR = 1e-14
+"""Fraction of the drop that double precision does not resolve."""
+
 Numbers = Mapping[str, Any]
 """Settings that are data: the learning rate, and what a method's variant changes."""
 
@@ -382,12 +385,14 @@ def first(reached: np.ndarray) -> float:
 def best_run(energies: np.ndarray, minimum: float) -> int:
     """The run [runs, steps + 1] of fewest steps to 90 % of the true drop, then smallest final gap.
 
+    Gaps below `FLOOR` are alike, so that rounding decides nothing.
+
     >>> best_run(np.array([[1.0, 0.5, 0.0], [1.0, 0.05, 0.04]]), 0.0)
     1
     """
     left = gaps(np.where(np.isfinite(energies), energies, np.inf), minimum)
     steps = np.array([first(gap <= 0.1) for gap in left])
-    return int(np.lexsort((left[:, -1], steps))[0])
+    return int(np.lexsort((np.maximum(left[:, -1], FLOOR), steps))[0])
 
 
 def own_count(adapted: np.ndarray) -> float:
