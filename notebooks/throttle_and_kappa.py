@@ -113,9 +113,10 @@ for axis in axes.flat:
         axis.axvline(event, color="0.8", zorder=0)
 
 # %% [markdown]
-# The plain rate of 4 is lost within a few steps. The throttled one sees the corrupted batch in
-# its own secant and takes a step too short to matter; its average remembers for about as long
-# as 1/ema steps and a logarithm of the spike. The gains stay below their budget throughout.
+# The plain rate of 4 is lost within a few steps. The throttled one finds its factor in the first
+# ten and keeps it until the gradient grows: at the corrupted batch, whose curvature shows in the
+# secant, and at the shift, after which the network is stiffer. The gains stay below their budget
+# throughout.
 #
 # What the certificate says of the trained network, and what a search over inputs finds:
 

@@ -77,10 +77,11 @@ def throttle(
     - order 1: $\alpha \leftarrow \alpha + k\,(\chi - \eta\,\alpha\,C)$;
     - order 2: $v \leftarrow 0.8\,v + k\,(\chi - \eta\,\alpha\,C)$, $\alpha \leftarrow \alpha + v$,
 
-    within [alpha_min, alpha_max], and alpha gives way only once the gradient's norm has grown to
-    `tolerance` times its quiet level; until then it holds. Orders 1 and 2 smooth the way up only: alpha never exceeds what
+    within [alpha_min, alpha_max]. Orders 1 and 2 smooth the way up only: alpha never exceeds what
     order 0 allows, and $k = \mathrm{gain} / \max(1, \eta C)$, without which the controller is
-    itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$.
+    itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$. Alpha takes a smaller
+    value only once the gradient's norm has grown to `tolerance` times its quiet level; until then
+    it holds.
 
     The secant reacts; it certifies nothing. $C_t$ is the stretch of the gradient along the last
     step, at most the Lipschitz constant between two iterates and often below it. A stiff direction
@@ -93,11 +94,11 @@ def throttle(
 
     Networks sharpen until a fixed step is at its limit, and then stay there (Cohen et al. 2021). A
     rule that gives way whenever curvature rises chases it down instead, to a step several times
-    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). And the difference
-    of two mini-batches' gradients is noise that does not shrink with the step: the formula alone
-    would follow it down, geometrically where it exceeds chi times the gradient. Hence the
-    tolerance. Its price: a growth that never reaches it is never answered, and before one is, the
-    gradient has grown that much. On quadratics, whose curvature follows nothing, `tolerance=None`
+    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). The difference of
+    two mini-batches' gradients, moreover, is noise that does not shrink with the step: the formula
+    alone would follow it down, geometrically where it exceeds chi times the gradient. Hence the
+    tolerance. Its price: a growth that never reaches it is never answered, and one that does has
+    raised the gradient that much. On quadratics, whose curvature follows nothing, `tolerance=None`
     is the formula alone; chi = 2 does not recover from what a tolerance lets pass.
 
     Args:
