@@ -6,13 +6,17 @@ rounding.
 """
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from functools import cache, wraps
+from typing import Any, ParamSpec, TypeVar
 
+import equinox as eqx
 import jax
 import numpy as np
 
 from smallgain_jax._checks import is_concrete
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 SMALL = 1000
 """Numbers among the arguments up to which no machine code is worth waiting for: relaxing 30 nodes
@@ -53,16 +57,57 @@ def quick_jit(fn: Callable[..., Any], most: float = SMALL, **settings: Any) -> C
     def alone() -> Callable[..., Any]:
         return jax.jit(fn, compiler_options=quick_options(), **settings)
 
-    def call(*args: Any) -> Any:
-        leaves = jax.tree.leaves(args)
+    def call(*args: Any, **named: Any) -> Any:
+        leaves = jax.tree.leaves((args, named))
         arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
         if not is_concrete(leaves) or sum(array.size for array in arrays) > most:
-            return part(*args)
+            return part(*args, **named)
         try:
-            return alone()(*args)
+            return alone()(*args, **named)
         except ValueError as error:  # nothing public tells that a program is being traced
             if "compiler_options" not in str(error):
                 raise
-            return part(*args)
+            return part(*args, **named)
 
     return call
+
+
+def at_once(
+    static: str | None = None,
+) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
+    """A decorator: one program where a function is called outside of any, with numbers only.
+
+    One by one its operations would be compiled each: ten times the wait, and that again at each
+    call where there are branches on values. `static` names an argument that is no number.
+
+    >>> @at_once()
+    ... def scaled(x, *, by):
+    ...     return by * x
+    >>> scaled(1.0, by=2.0).item()
+    2.0
+    """
+
+    def decorate(fn: Callable[Given, Found]) -> Callable[Given, Found]:
+        program = quick_jit(fn, static_argnames=static)
+
+        @wraps(fn)
+        def call(*args: Given.args, **named: Given.kwargs) -> Found:
+            leaves = jax.tree.leaves((args, named))
+            if is_concrete(leaves) and all(map(eqx.is_array_like, leaves)):
+                try:
+                    found: Found = program(*args, **named)
+                    return found
+                except _NEEDS_VALUES:  # somebody's energy branches on a number of its own
+                    pass
+            return fn(*args, **named)
+
+        return call
+
+    return decorate
+
+
+_NEEDS_VALUES = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)

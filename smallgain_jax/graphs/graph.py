@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_count, is_concrete
+from smallgain_jax._compiling import at_once
 from smallgain_jax.graphs.families import EdgeFamily
 from smallgain_jax.graphs.local import LocalEnergy
 from smallgain_jax.spectral.rows import (
@@ -124,11 +125,13 @@ class EnergyGraph(eqx.Module):
         self._check_state(x)
         return sum((energy(x) for energy in self.local), start=jnp.zeros((), self._dtype(x)))
 
+    @at_once()
     def term_energies(self, x: jax.Array) -> jax.Array:
         """Energy of each term at the reference weights, [E]."""
         self._check_state(x)
         return self._per_term(lambda f, x_i, x_j: f.pair_energy(x_i, x_j), x, ())
 
+    @at_once()
     def energy(self, x: jax.Array, weights: ArrayLike | None = None) -> jax.Array:
         """F(x; w), a scalar.
 
@@ -174,6 +177,7 @@ class EnergyGraph(eqx.Module):
         """
         return self.evaluate(x, weights)[:2]
 
+    @at_once()
     def evaluate(self, x: jax.Array, weights: ArrayLike | None = None) -> Evaluation:
         r"""`value_and_gradient`, and the size of the terms that the value is the sum of.
 
@@ -200,6 +204,7 @@ class EnergyGraph(eqx.Module):
         """Row sums of the reference objective's Hessian, shaped like x; see `curvature`."""
         return self.curvature(x, smoothing=smoothing).row_sums
 
+    @at_once()
     def term_gradients(self, x: jax.Array) -> jax.Array:
         """Gradient of each term by its two ends at the reference weights, [E, 2] or [E, 2, d]."""
         self._check_state(x)
@@ -215,8 +220,11 @@ class EnergyGraph(eqx.Module):
 
     def hinge_activity(self, x: jax.Array, smoothing: Activity | float | None = None) -> jax.Array:
         """Mean activity of each term's hinge over its coordinates, [E]; 1 where there is none."""
+        return self._hinge_activity(x, _as_activity(smoothing))
+
+    @at_once()
+    def _hinge_activity(self, x: jax.Array, activity: Activity) -> jax.Array:
         self._check_state(x)
-        activity = _as_activity(smoothing)
         dtype = self._dtype(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
@@ -227,8 +235,11 @@ class EnergyGraph(eqx.Module):
 
     def edge_blocks(self, x: jax.Array, smoothing: Activity | float | None = None) -> jax.Array:
         """Hessian block of each term, [E, 2, 2] or [E, 2, d, 2, d], hinges by their activity."""
+        return self._edge_blocks(x, _as_activity(smoothing))
+
+    @at_once()
+    def _edge_blocks(self, x: jax.Array, activity: Activity) -> jax.Array:
         self._check_state(x)
-        activity = _as_activity(smoothing)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
             gap = family.gap(x_i, x_j)
@@ -305,25 +316,9 @@ class EnergyGraph(eqx.Module):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating, got {x.dtype}: jnp.asarray(x, float)")
         check_count("scaling_iterations", scaling_iterations, 0)
-        if x.ndim == 1 and scaling is None and not scaling_iterations:
-            local = self.local_rows(x)
-            parts = self._scalar_costs(x, _as_activity(smoothing))
-            row_sums = self._scattered(local, parts, self._by_family(weights, x))
-            # costs nothing where nobody reads it
-            columns = [jnp.stack(part, axis=1) for part in parts]
-            cost = self._concatenate(columns, (0, 2), self._dtype(x))
-            return Curvature(
-                row_sums, local, cost, jnp.max(row_sums, initial=0.0), jnp.ones_like(local)
-            )
-        return block_curvature(
-            self.local_rows(x),
-            self.edge_blocks(x, smoothing),
-            self._weights(weights, x),
-            self.i,
-            self.j,
-            scaling_iterations=scaling_iterations,
-            scaling=scaling,
-        )
+        weights = None if weights is None else self._weights(weights, x)
+        activity = _as_activity(smoothing)
+        return _bounded(self, x, weights, scaling, activity, iterations=scaling_iterations)
 
     def _weights(self, weights: ArrayLike | None, x: jax.Array) -> jax.Array:
         if weights is None:
@@ -390,6 +385,33 @@ class EnergyGraph(eqx.Module):
     @staticmethod
     def _concatenate(parts: list[jax.Array], empty: tuple[int, ...], dtype: Any) -> jax.Array:
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
+
+
+@at_once("iterations")
+def _bounded(
+    graph: EnergyGraph,
+    x: jax.Array,
+    weights: jax.Array | None,
+    scaling: jax.Array | None,
+    activity: Activity,
+    *,
+    iterations: int,
+) -> Curvature:
+    """What `EnergyGraph.curvature` returns."""
+    local = graph.local_rows(x)
+    if x.ndim == 1 and scaling is None and not iterations:
+        parts = graph._scalar_costs(x, activity)
+        row_sums = graph._scattered(local, parts, graph._by_family(weights, x))
+        # costs nothing where nobody reads it
+        columns = [jnp.stack(part, axis=1) for part in parts]
+        cost = graph._concatenate(columns, (0, 2), graph._dtype(x))
+        top = jnp.max(row_sums, initial=0.0)
+        return Curvature(row_sums, local, cost, top, jnp.ones_like(local))
+    return block_curvature(
+        *(local, graph.edge_blocks(x, activity), graph._weights(weights, x), graph.i, graph.j),
+        scaling_iterations=iterations,
+        scaling=scaling,
+    )
 
 
 def alike(a: Any, b: Any) -> bool:

@@ -20,6 +20,7 @@ from smallgain_jax._checks import (
     check_target,
     float_dtype,
 )
+from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import select, vdot
 from smallgain_jax.graphs.graph import EnergyGraph, alike
@@ -103,6 +104,17 @@ def reweighted(
             raise ValueError(PARAMS_NEEDED)
         check_call(SmallGainState, updates, state, params)
         used = own if graph is None or not alike(graph, own) else graph
+        return step(used, updates, state, params, bounds, extra_args)
+
+    @at_once()
+    def step(
+        used: EnergyGraph,
+        updates: jax.Array,
+        state: SmallGainState,
+        params: jax.Array,
+        bounds: tuple[Any, Any] | None,
+        extra_args: dict[str, Any],
+    ) -> tuple[jax.Array, SmallGainState]:
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
         decided = _decide(here, rule, state)
 
@@ -119,9 +131,9 @@ def reweighted(
 
         search = _search(here, decided.weights, chosen, settings)
         accepted = search.accepted & (chosen.cosine >= settings.min_cosine) & here.finite
-        step = jnp.where(accepted, search.step * chosen.move, 0)
+        move = jnp.where(accepted, search.step * chosen.move, 0)
         new_state = _kept(here, settings, decided, chosen, search, accepted, lost, state)
-        return step.astype(updates.dtype), new_state
+        return move.astype(updates.dtype), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

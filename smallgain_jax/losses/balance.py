@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_finite
+from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.losses import Losses, terms
@@ -240,6 +241,7 @@ def balance_flow(
         info = empty_info(losses, params)
         return BalanceFlowState(zero_count(), zero_count(), carry, base.init(params), info)
 
+    @at_once()
     def update(
         updates: Any,
         state: BalanceFlowState,
@@ -293,6 +295,12 @@ def _carried(step: Any, carry: Any, params: Any) -> tuple[Any, Any]:
 
 def balance_of(term_grads: Any, weights: ArrayLike | None = None) -> Balance:
     """Everything that B is made of; `balance_residual` documents the arguments."""
+    check_weights(weights)
+    return _balance_of(term_grads, weights)
+
+
+@at_once()
+def _balance_of(term_grads: Any, weights: ArrayLike | None) -> Balance:
     num_terms, dtype = _num_terms(term_grads), stat_dtype(term_grads)
     shares = _shares(weights, num_terms, dtype)
     weighted = jax.tree.map(lambda g: g.astype(dtype) * _along(shares, g), term_grads)
@@ -377,7 +385,6 @@ def _shares(weights: ArrayLike | None, num_terms: int, dtype: jnp.dtype) -> jax.
     """Weights [K] over their largest: B and its gradient do not feel a common factor."""
     if weights is None:
         return jnp.ones(num_terms, dtype)
-    check_weights(weights)
     shares = jnp.asarray(weights, dtype)
     if num_terms and shares.shape != (num_terms,):
         raise ValueError(f"weights have shape {shares.shape}, but there are {num_terms} terms")

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
+from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax.networks.layers import Rule, find_layers, whole
 from smallgain_jax.networks.projections import frobenius
@@ -82,13 +83,18 @@ def lipschitz_certificate(
     constants = _constants(activations, max(len(found) - 1, 0))
     if not found:
         return Certificate(jnp.ones(()), jnp.zeros(0), jnp.zeros(0))
-    norms = [
-        spectral_bound(layer.matrix(whole(leaves[k])), power_steps=power_steps).upper
-        for k, layer in found
-    ]
+    matrices = [layer.matrix(whole(leaves[k])) for k, layer in found]
+    gains = [layer.gain for _, layer in found]
+    return _certified(matrices, gains, constants, power_steps=power_steps)
+
+
+@at_once("power_steps")
+def _certified(
+    matrices: list[jax.Array], gains: list[Any], constants: list[Any], *, power_steps: int
+) -> Certificate:
+    norms = [spectral_bound(matrix, power_steps=power_steps).upper for matrix in matrices]
     bounds = _upward(
-        jnp.stack([layer.gain * n for (_, layer), n in zip(found, norms, strict=True)]),
-        jnp.stack(norms),
+        jnp.stack([gain * n for gain, n in zip(gains, norms, strict=True)]), jnp.stack(norms)
     )
     between = _upward(jnp.asarray(constants, bounds.dtype), jnp.ones(()))
     return Certificate(_product(jnp.concatenate([bounds, between])), bounds, between)

@@ -6,6 +6,7 @@ the optimizer. Log-gains are the budget, $\sum_l \log \kappa_l \le \log l_{\max}
 decides which layer gives way.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from smallgain_jax._checks import (
     check_positive,
     is_concrete,
 )
+from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 from smallgain_jax.allocation.knapsack import POLICIES, allocate
@@ -144,6 +146,7 @@ def kappa_budget(
     """
     settings = _Settings(l_max, policy, projection, floor, ceiling, ema, every)
     _check(settings)
+    step = at_once()(partial(_stepped, settings, layers))
 
     def init(params: Any) -> KappaState:
         return _initial_state(params, _real_layers(params, layers), settings)
@@ -153,36 +156,7 @@ def kappa_budget(
     ) -> tuple[Any, KappaState]:
         if params is None:
             raise ValueError(PARAMS_NEEDED)
-        chain = _Chain(_real_layers(params, layers))
-        if not chain.found:
-            return updates, state._replace(count=optax.safe_increment(state.count))
-        raw, structure = jax.tree.flatten(updates)
-        usable = jnp.isfinite(norm(raw, state.info.bounds.dtype))
-        # a poisoned update stands for none until the end, so that nothing below sees a NaN
-        safe = [jnp.where(usable, whole(u), 0) for u in raw]
-        old = [whole(leaf) for leaf in jax.tree.leaves(params)]
-        grads = jax.tree.leaves(extra_args["grad"]) if "grad" in extra_args else None
-        growth = safe if grads is None else [-whole(g) for g in grads]
-        seen = _observe(state, chain, old, safe, growth, settings)
-        # of parameters that are not finite, or would not be, no norm is known
-        usable &= jnp.all(jnp.isfinite(seen.bounds))
-        out, bounds, vectors = _projected(seen, chain, old, safe, settings)
-        out = [jnp.where(usable, u, 0) for u in out]
-        left = jax.lax.stop_gradient([stored(old[k], out[k]) for k, _ in chain.found])
-        cosine = _cosine(safe, out, bounds.dtype)
-        info = _info(seen, chain, bounds, projection, cosine)
-        new_state = KappaState(
-            count=optax.safe_increment(state.count),
-            skipped=state.skipped,
-            age=jnp.where(seen.certified, 1, optax.safe_increment(state.age)),
-            samples=tuple(_sample(leaf) for leaf in left),
-            vectors=vectors,
-            info=info,
-        )
-        kept = select(usable, cast_like(new_state, state), state)
-        skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
-        placed = [placed_like(u, leaf) for u, leaf in zip(out, raw, strict=True)]
-        return jax.tree.unflatten(structure, placed), kept._replace(skipped=skipped)
+        return step(updates, state, params, extra_args.get("grad"))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -195,6 +169,46 @@ class _Settings(NamedTuple):
     ceiling: ArrayLike
     ema: ArrayLike
     every: int
+
+
+def _stepped(
+    settings: _Settings,
+    layers: Rule | None,
+    updates: Any,
+    state: KappaState,
+    params: Any,
+    grad: Any,
+) -> tuple[Any, KappaState]:
+    """Updates that keep the budget."""
+    chain = _Chain(_real_layers(params, layers))
+    if not chain.found:
+        return updates, state._replace(count=optax.safe_increment(state.count))
+    raw, structure = jax.tree.flatten(updates)
+    usable = jnp.isfinite(norm(raw, state.info.bounds.dtype))
+    # a poisoned update stands for none until the end, so that nothing below sees a NaN
+    safe = [jnp.where(usable, whole(u), 0) for u in raw]
+    old = [whole(leaf) for leaf in jax.tree.leaves(params)]
+    growth = safe if grad is None else [-whole(g) for g in jax.tree.leaves(grad)]
+    seen = _observe(state, chain, old, safe, growth, settings)
+    # of parameters that are not finite, or would not be, no norm is known
+    usable &= jnp.all(jnp.isfinite(seen.bounds))
+    out, bounds, vectors = _projected(seen, chain, old, safe, settings)
+    out = [jnp.where(usable, u, 0) for u in out]
+    left = jax.lax.stop_gradient([stored(old[k], out[k]) for k, _ in chain.found])
+    cosine = _cosine(safe, out, bounds.dtype)
+    info = _info(seen, chain, bounds, settings.projection, cosine)
+    new_state = KappaState(
+        count=optax.safe_increment(state.count),
+        skipped=state.skipped,
+        age=jnp.where(seen.certified, 1, optax.safe_increment(state.age)),
+        samples=tuple(_sample(leaf) for leaf in left),
+        vectors=vectors,
+        info=info,
+    )
+    kept = select(usable, cast_like(new_state, state), state)
+    skipped = jnp.where(usable, state.skipped, optax.safe_increment(state.skipped))
+    placed = [placed_like(u, leaf) for u, leaf in zip(out, raw, strict=True)]
+    return jax.tree.unflatten(structure, placed), kept._replace(skipped=skipped)
 
 
 def _check(settings: _Settings) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import matmul, unit_of, vdot
 
@@ -72,6 +73,7 @@ def _coarse(inside: jax.Array) -> jax.Array:
     return jnp.minimum(frobenius, jnp.sqrt(columns * rows)) * inflation(inside)
 
 
+@at_once("power_steps")
 def spectral_bound(
     matrix: jax.Array, vector: jax.Array | None = None, power_steps: int = 12
 ) -> SpectralBound:
