@@ -189,18 +189,22 @@ def fixed_weights(kind, strengths):
     return jax.jit(jax.vmap(one))(jnp.asarray(strengths, jnp.float32))
 
 
-def shares(kind, priority):
-    """The same for a share of the margin that is `priority` to one."""
+def shares(kind, priorities):
+    """The same for shares of the margin that are each of `priorities` to one, and the weights."""
     model = sg.terms(lambda p, x: measured(kind, p, x)[0], names=NAMES)
 
-    def one():
+    def one(priority):
         optimizer = sg.small_gain(
-            optax.adam(3e-3), model, policy="fair", priorities=(1.0, priority), warmup=50
+            *(optax.adam(3e-3), model),
+            policy="fair",
+            priorities=jnp.stack([jnp.ones(()), priority]),
+            warmup=50,
         )
         params, state = fit(kind, optimizer, jnp.ones(2))
         return *outcome(kind, params), state.weights[1] / state.weights[0]
 
-    return jax.jit(one)()
+    # in turn: one program for all
+    return jax.jit(lambda p: jax.lax.map(one, p))(jnp.asarray(priorities, jnp.float32))
 
 
 SWEEPS = {
@@ -213,12 +217,12 @@ for axis, (kind, (strengths, priorities)) in zip(axes, SWEEPS.items(), strict=Tr
     for row in zip(strengths, active, error, strict=True):
         print("{}: weight {:<5g}           active {:5.2f}  error {:.3f}".format(kind, *row))
     axis.plot(active, error, "o-", label="fixed weight")
-    points = [shares(kind, p) for p in priorities]
-    for p, (error, active, ratio) in zip(priorities, points, strict=True):
+    error, active, ratio = shares(kind, priorities)
+    for row in zip(priorities, active, error, ratio, strict=True):
         print(
-            f"{kind}: priority {p:<5g}         active {active:5.2f}  error {error:.3f}  "
-            f"(weight became {ratio:.3g})"
+            "{}: priority {:<5g}         active {:5.2f}  error {:.3f}  "
+            "(weight became {:.3g})".format(kind, *row)
         )
-    axis.plot([a for _, a, _ in points], [e for e, _, _ in points], "s--", label="small_gain")
+    axis.plot(active, error, "s--", label="small_gain")
     axis.set(title=kind, xlabel="mean active codes of 48", ylabel="squared error per image")
 axes[0].legend()

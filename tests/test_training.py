@@ -101,6 +101,23 @@ def test_losses_on_one_network_are_priced_by_one_program(heads, monkeypatch):
     assert large > 1.5 * small
 
 
+def test_priorities_may_be_data_of_a_program():
+    def weights(priorities):
+        optimizer = sg.small_gain(
+            optax.sgd(1e-4), quadratics, every=1, priorities=priorities, policy="fair"
+        )
+        state = optimizer.init(jnp.ones(2))
+        for _ in range(3):
+            gradient = jax.grad(lambda x: sum(quadratics(x).values()))(jnp.ones(2))
+            _, state = optimizer.update(gradient, state, jnp.ones(2))
+        return state.weights
+
+    given = jnp.array([[3.0, 1.0], [1.0, 1.0]])
+    found = jax.jit(lambda p: jax.lax.map(weights, p))(given)
+    for each, one in zip(found, given):
+        np.testing.assert_allclose(each, weights(tuple(one.tolist())), rtol=1e-4)
+
+
 @pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
 def test_fair_shares_follow_priorities_at_a_total_cost_of_one(priorities):
     optimizer = sg.small_gain(

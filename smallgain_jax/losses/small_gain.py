@@ -150,7 +150,7 @@ def loss_small_gain(
       target: c in (0, 1), the fraction of the limit that a rewind and `row_gains` aim at.
       metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
         `params`, positive.
-      priorities: p_k, float [K], positive; None for ones ("fair").
+      priorities: p_k, float [K], positive, traced or not; None for ones ("fair").
       floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
@@ -901,8 +901,8 @@ def _check(settings: Settings) -> None:
     for name in ("priorities", "anneal"):
         if getattr(settings, name) is not None and not settings.reweights:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
-    if settings.priorities is not None and any(not p > 0 for p in settings.priorities):
-        raise ValueError(f"priorities = {settings.priorities} must be positive")
+    for k, priority in enumerate(() if settings.priorities is None else settings.priorities):
+        check_positive(f"priorities[{k}]", priority)
     check_positive("max_gain", settings.max_gain)
     check_bounds("floor", settings.floor, "ceiling", settings.ceiling)
     check_target(settings.target)
