@@ -86,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                     order = int(spec == "again")
                     cells[key] = known | run(task, wrap, rate, steps, options.seeds, order)
                     print(f"{key}: {cells[key]['final']}", file=sys.stderr, flush=True)
+                report["rows"] = summary(list(cells.values()))
                 if options.out is not None:
                     options.out.write_text(json.dumps(report, indent=1) + "\n")
     print(table(list(cells.values())))
@@ -181,9 +182,28 @@ def table(cells: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _compared(cell: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+def summary(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row a task and rate: the median ratio of each policy's measure to the plain optimizer's."""
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for cell in cells:
+        key = cell["task"], cell["rate"]
+        if cell["policy"] == "plain":
+            rows[key] = {"task": cell["task"].replace("_", " "), "measure": cell["measure"]}
+            plain = cell
+        else:
+            middle = statistics.median(_ratios(cell, plain))
+            rows[key][cell["policy"]] = middle if math.isfinite(middle) else "not finite"
+    return list(rows.values())
+
+
+def _ratios(cell: dict[str, Any], plain: dict[str, Any]) -> list[float]:
+    """By seed."""
     pairs = zip(cell["final"], plain["final"], strict=True)
-    ratios = [math.inf if one is None else one / other for one, other in pairs]
+    return [math.inf if one is None else one / other for one, other in pairs]
+
+
+def _compared(cell: dict[str, Any], plain: dict[str, Any]) -> list[str]:
+    ratios = _ratios(cell, plain)
     middle = statistics.median(ratios)
     return [
         cell["task"],

@@ -1,8 +1,9 @@
-"""Markdown from a run: `python -m bench.training.report FILE.json ... [--metric NAME]`.
+"""Markdown from a run: `python -m bench.training.report FILE.json ... [--metric NAME] [--out F]`.
 
 Each method stands at its own best rate of the grid, the one with the lowest median over seeds;
 seeds that diverged count as infinite. The spread is the distance between the quartiles. Marked are
 the best median, and those that lie within one spread of it, the lesser of their own and the best's.
+With `--out` the medians of all files, a row a problem, are written as JSON too.
 """
 
 import argparse
@@ -18,9 +19,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--metric", help="default: the one that ranks the problem's methods")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(argv)
-    for file in options.files:
-        print(table(json.loads(file.read_text()), options.metric))
+    reports = [json.loads(file.read_text()) for file in options.files]
+    for report in reports:
+        print(table(report, options.metric))
+    if options.out is not None:
+        rows = [medians(report, options.metric) for report in reports]
+        found = {"about": reports[0]["about"], "runs": [r["about"]["command"] for r in reports]}
+        options.out.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
 
 
 def table(report: dict[str, Any], metric: str | None = None) -> str:
@@ -47,6 +54,17 @@ def table(report: dict[str, Any], metric: str | None = None) -> str:
             f"| {row['ms_per_step']:.2f} | {mark} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def medians(report: dict[str, Any], metric: str | None = None) -> dict[str, Any]:
+    """A report in one row: what was run, and each method's median at its best rate."""
+    settings = report["settings"]
+    metric = metric or settings["metric"]
+    best = best_rates(list(report["cells"].values()), metric).values()
+    facts = {"problem": settings["case"], "measure": metric.replace("_", " ")}
+    facts |= {"steps": settings["steps"], "seeds": len(settings["seeds"])}
+    finite = {r["method"]: r["median"] if math.isfinite(r["median"]) else None for r in best}
+    return facts | {name: finite[name] for name in sorted(finite)}
 
 
 def best_rates(cells: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:
