@@ -438,6 +438,9 @@ def test_report_marks_the_best():
     assert lines[6].endswith("|  |")
     assert "| inf | inf to inf | inf to inf | 5 |" in lines[7]
     assert lines[7].endswith("|  |")
+    facts = {"problem": "toy", "measure": "error", "steps": 10, "seeds": 5}
+    found = reporting.medians({"settings": settings, "cells": cells})
+    assert found == facts | {"a": 3.0, "b": 4.0, "c": 9.0, "d": None}
 
 
 @pytest.mark.once
