@@ -14,6 +14,14 @@ from typing import Any
 
 import numpy as np
 
+SAID = {
+    "equal": "equal weights",
+    "gradient_norms_100": "gradient norms",
+    "small_gain": "fair",
+    "small_gain_reference": "default",
+}
+"""Methods as readers know them."""
+
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -64,7 +72,7 @@ def medians(report: dict[str, Any], metric: str | None = None) -> dict[str, Any]
     facts = {"problem": settings["case"], "measure": metric.replace("_", " ")}
     facts |= {"steps": settings["steps"], "seeds": len(settings["seeds"])}
     finite = {r["method"]: r["median"] if math.isfinite(r["median"]) else None for r in best}
-    return facts | {name: finite[name] for name in sorted(finite)}
+    return facts | {SAID.get(name, name): finite[name] for name in sorted(finite)}
 
 
 def best_rates(cells: list[dict[str, Any]], metric: str) -> dict[str, dict[str, Any]]:

@@ -9,6 +9,7 @@ another table of the same file follows.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,13 +36,14 @@ class Measured(SphinxDirective):
         if (columns := self.options.get("columns")) is not None:
             rows = [{key: row[key] for key in columns if key in row} for row in rows]
             rows = [row for row in rows if len(row) == len(columns)]
-        end = "" if "continued" in self.options else about(report["about"])
+        end = "" if "continued" in self.options else about(report["about"], report.get("runs", ()))
         return self.parse_text_to_nodes(f"{markdown(rows)}\n\n{end}")
 
 
-def about(found: dict[str, Any]) -> str:
-    """Where a table comes from."""
-    made = f"`{found['command']}`, commit {found['commit']}, {found['date']}"
+def about(found: dict[str, Any], runs: Sequence[str] = ()) -> str:
+    """Where a table comes from; `runs` are the commands, where there were several."""
+    commands = "`, `".join(runs or [found["command"]])
+    made = f"`{commands}`, commit {found['commit']}, {found['date']}"
     return f"*{made}: {found['cores']} cores, {found['device']}, jax {found['jax']}.*"
 
 
