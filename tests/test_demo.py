@@ -13,7 +13,7 @@ pytestmark = pytest.mark.x64
 STEPS = 8
 METHODS = [
     *("fixed step", "capped step", "line search", "GradNorm", "auto-cap"),
-    *("small_gain, preset", "small_gain, momentum 0.5", "L-BFGS", "default"),
+    *("small_gain, default preset", "small_gain, momentum", "L-BFGS", "default"),
 ]
 PROBLEMS = {"baseline": scenarios.baseline, "dense": scenarios.dense}
 

@@ -16,12 +16,12 @@ from smallgain_jax.tools.validation import Plan, PlanResult
 
 pytestmark = pytest.mark.once
 
-PLAN = Plan(suites=(Suite(generator="baseline"),), methods=("none",), repeats=0)
+PLAN = Plan(suites=(Suite(generator="baseline"),), methods=("fixed step",), repeats=0)
 NUMBERS = {
     "suite": np.array(["a<b"] * 2),
     "nodes": np.array([2, 2]),
     "edges": np.array([1, 1]),
-    "method": np.array(["none", "default"]),
+    "method": np.array(["fixed step", "default"]),
     "delta_f90": np.array([3.0, np.nan]),
     "gap": np.array([1.25e-5, 0.5]),
     "backtracks": np.array([0, 1]),
@@ -34,7 +34,7 @@ TIMES = {name: NUMBERS[name] for name in ("suite", "nodes", "edges", "method")} 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    curves = {"a<b": {"none": np.array([1.0, 0.5]), "default": np.array([1.0, 0.75])}}
+    curves = {"a<b": {"fixed step": np.array([1.0, 0.5]), "default": np.array([1.0, 0.75])}}
     result = PlanResult(PLAN, Table(NUMBERS), Table(TIMES), curves, {"a<b": 0.0})
     folders = [tmp_path_factory.mktemp("report") / "deep" / "er" for _ in range(2)]
     for folder in folders:
@@ -85,7 +85,7 @@ def test_page_holds_everything_and_asks_no_network(written):
     picture = next(a for a in page.addresses if a.startswith("data:"))
     data = base64.b64decode(picture.removeprefix("data:image/png;base64,"))
     assert data == (written[0] / "energy-a<b.png").read_bytes()
-    assert {"none", "default", "1.25e-05", "0.125", "-"} <= set(page.cells)
+    assert {"fixed step", "default", "1.25e-05", "0.125", "-"} <= set(page.cells)
     assert any(cell.startswith("a<b (2 nodes, 1 edges") for cell in page.cells)
 
 
@@ -205,8 +205,8 @@ def test_bench_command_hands_the_flags_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(cli, "run_plan", run)
     flags = ["--config", str(tmp_path / "c.toml"), "--out", str(tmp_path / "o"), "--repeats", "0"]
-    assert cli.main(["bench", *flags, "--methods", "none", "default"]) == 0
-    assert seen[0].methods == ("none", "default")
+    assert cli.main(["bench", *flags, "--methods", "fixed step", "default"]) == 0
+    assert seen[0].methods == ("fixed step", "default")
     assert (seen[0].steps, seen[0].repeats) == (9, 0)
     assert json.dumps(sorted(p.name for p in (tmp_path / "o").iterdir())).count("csv") == 3
     assert "1.25e-05" in capsys.readouterr().out

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.x64
 SUITE = Suite(generator="baseline")
 PLAN = Plan(
     suites=(SUITE,),
-    methods=("none", "capped step", "AGM phase", "default"),
+    methods=("fixed step", "capped step", "AGM phase", "default"),
     steps=8,
     repeats=1,
 )
@@ -80,7 +80,7 @@ def test_every_method_has_a_row_of_numbers_and_of_times(results):
 
 
 def test_fixed_step_is_gradient_descent(results):
-    row = row_of(results[0].numbers, method="none")
+    row = row_of(results[0].numbers, method="fixed step")
     problem = SUITE.build()
     rate = row["learning_rate"]
     assert rate in validation.RATES

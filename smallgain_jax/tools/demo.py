@@ -7,40 +7,53 @@ its own threshold too.
 """
 
 import itertools
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from smallgain_jax import presets
 from smallgain_jax._compiling import quick_options
-from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.relaxation import relax
-from smallgain_jax.limits.closed_forms import gradient_descent_limit, heavy_ball_limit
-from smallgain_jax.tools import plots, scenarios, telemetry
+from smallgain_jax.tools import plots, scenarios, telemetry, validation
 from smallgain_jax.tools.io import write_atomic
 from smallgain_jax.tools.scenarios import Scenario
 from smallgain_jax.tools.tables import PathLike
 from smallgain_jax.tools.telemetry import Table
 from smallgain_jax.tools.validation import (
     FLOOR,
-    MOMENTUM,
     RATES,
+    Maker,
     best_run,
     first,
     gaps,
     own_count,
+    relaxed,
+    start_bound,
+    to_stderr,
+    told_of,
 )
-from smallgain_jax.transform import auto_cap, gradnorm, small_gain
+
+METHODS = (
+    *(
+        "fixed step",
+        "capped step",
+        "line search",
+        "GradNorm",
+        "auto-cap",
+        "small_gain, default preset",
+    ),
+    *("small_gain, momentum", "L-BFGS", "default"),
+)
+"""Those of `validation.METHODS` that the demo shows, in this order."""
+
+TOL = 1e-8
+"""Optimality at which a run ends, as in a plan."""
 
 NEAR = 1e-6
 """Fraction of the drop that is left where a method counts as arrived."""
@@ -202,128 +215,82 @@ def run(steps: int = 60) -> DemoResult:
         raise ValueError(f"steps = {steps} must be at least 1")
     with jax.enable_x64(True):
         problems = (scenarios.baseline(), scenarios.dense())
-    jobs = [(problem, entry, steps) for problem in problems for entry in _ENTRIES]
+        bounds = [start_bound(problem) for problem in problems]
+    places = list(zip(problems, bounds, strict=True))
+    jobs = [(*place, names, steps) for place in places for names in _together()]
     # most of the time is compilation, which lets go of the interpreter
     with ThreadPoolExecutor(2) as pool:
         competed = list(pool.map(_compete, *zip(*jobs, strict=True)))
     tables, results, minima = {}, {}, {}
     for k, problem in enumerate(problems):
-        part = competed[k * len(_ENTRIES) : (k + 1) * len(_ENTRIES)]
+        part = competed[k * len(_together()) : (k + 1) * len(_together())]
+        by_name = {r.method: r for r in itertools.chain.from_iterable(part)}
         name, minima[problem.name] = problem.name, _minimum(problem)
-        results[name] = tuple(itertools.chain.from_iterable(part))
+        results[name] = tuple(by_name[method] for method in METHODS)
         tables[name] = _table(results[name], minima[name])
     return DemoResult(tables, results, minima)
 
 
-class _Entry(NamedTuple):
-    """Methods that one compiled program serves: they differ in numbers only."""
-
-    methods: tuple[str, ...]
-    # (scenario) -> numbers [methods, candidates, ...], the learning rate first; NaN where none
-    settings: Callable[[Scenario], np.ndarray]
-    # (graph, *numbers) -> the optimizer
-    optimizer: Callable[..., optax.GradientTransformation | None]
-
-
-def _rates(scenario: Scenario) -> np.ndarray:
-    return RATES[None, :, None]
+def _together() -> list[tuple[str, ...]]:
+    """The methods, those together that differ in numbers only: one program serves them."""
+    groups: dict[Any, list[str]] = {}
+    for name in METHODS:
+        method = validation.METHODS[name]
+        groups.setdefault((method.make, tuple(method.numbers)), []).append(name)
+    # the largest programs first, so that none is waited for at the end
+    return [tuple(names) for names in reversed(groups.values())]
 
 
-def _capped_rates(scenario: Scenario) -> np.ndarray:
-    bound = float(jax.jit(lambda x: scenario.graph.curvature(x).lipschitz)(scenario.x0))
-    return np.stack([RATES, np.minimum(RATES, 1 / bound)])[:, :, None]
-
-
-def _no_rate(scenario: Scenario) -> np.ndarray:
-    return np.full((1, 1, 1), np.nan)
-
-
-def _line_search(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
-    search = optax.scale_by_backtracking_linesearch(30, max_learning_rate=rate)
-    return optax.chain(optax.sgd(1.0), search)
-
-
-def _auto_cap(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
-    return auto_cap(optax.sgd(rate), graph, limit=gradient_descent_limit(rate))
-
-
-def _seeds(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
-    # a traced rate cannot be measured
-    limit = gradient_descent_limit(rate)
-    return small_gain(optax.sgd(rate), graph, limit=limit, **presets.default())
-
-
-def _small_gain(graph: EnergyGraph, rate: jax.Array) -> optax.GradientTransformation:
-    return small_gain(optax.sgd(rate, MOMENTUM), graph, limit=heavy_ball_limit(rate, MOMENTUM))
-
-
-_ENTRIES = (
-    _Entry(("fixed step", "capped step"), _capped_rates, lambda graph, rate: optax.sgd(rate)),
-    _Entry(("line search",), _rates, _line_search),
-    _Entry(("GradNorm",), _rates, lambda graph, rate: gradnorm(optax.sgd(rate), graph)),
-    _Entry(("auto-cap",), _rates, _auto_cap),
-    _Entry(("small_gain, preset",), _rates, _seeds),
-    _Entry((f"small_gain, momentum {MOMENTUM}",), _rates, _small_gain),
-    _Entry(("L-BFGS",), _no_rate, lambda graph, rate: optax.lbfgs()),
-    _Entry(("default",), _no_rate, lambda graph, rate: None),
-)
-
-
-def _record(state: Any) -> dict[str, jax.Array]:
-    found = telemetry.record(state)
-    if isinstance(found, telemetry.WeightsRecord):
-        info = found.info
-        return {"adapted": info.energy_adapted, "backtracks": info.last_step_backtracks}
-    if isinstance(found, telemetry.SearchRecord):
-        return {"backtracks": found.backtracks}
-    return {} if found is None else {"backtracks": found.last_step_backtracks}
-
-
-def _compete(scenario: Scenario, entry: _Entry, steps: int) -> list[MethodResult]:
-    """Every setting of an entry in one program, and of each method the best."""
+def _compete(
+    scenario: Scenario, bound: float, names: tuple[str, ...], steps: int
+) -> list[MethodResult]:
+    """Every learning rate of some methods in one program, and of each method the best."""
     started = time.perf_counter()
     # the precision is a setting of this thread
     with jax.enable_x64(True):
-        settings = entry.settings(scenario)
-        flat = jnp.asarray(settings.reshape(-1, settings.shape[2]))
+        numbers = [_numbers(name, bound) for name in names]
+        flat = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *numbers)
+        make = validation.METHODS[names[0]].make
         # in turn: side by side would be traced three times, and be no faster on such graphs
-        every = partial(jax.lax.map, partial(_relaxed, scenario, entry, steps))
+        every = partial(jax.lax.map, partial(_relaxed, scenario, make, steps))
         found = jax.jit(every).lower(flat).compile(quick_options())(flat)
-    found = {
-        name: np.asarray(a).reshape(*settings.shape[:2], *a.shape[1:]) for name, a in found.items()
-    }
+    each = {name: np.split(np.asarray(a), len(names)) for name, a in found.items()}
     results = []
-    for m, method in enumerate(entry.methods):
-        best = best_run(found["energy"][m], _minimum(scenario))
-        mine = {name: values[m, best] for name, values in found.items()}
+    for k, name in enumerate(names):
+        best = best_run(each["energy"][k], _minimum(scenario))
+        mine = {field: values[k][best] for field, values in each.items()}
+        rate = float(numbers[k]["learning_rate"][best])
         backtracks = int(mine.pop("backtracks"))
-        rate = float(settings[m, best, 0])
-        results.append(MethodResult(method, rate, backtracks=backtracks, **mine))
+        results.append(MethodResult(name, rate, backtracks=backtracks, **mine))
     seconds = time.perf_counter() - started
-    line = f"smallgain: {scenario.name}: {', '.join(entry.methods)}: {seconds:.1f} s\n"
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    to_stderr(f"{scenario.name}: {', '.join(names)}: {seconds:.1f} s")
     return results
 
 
+def _numbers(name: str, bound: float) -> dict[str, jax.Array]:
+    """A method's numbers at each of its learning rates, [rates] each; NaN where it has none."""
+    method = validation.METHODS[name]
+    rates = RATES if method.rate else np.array([np.nan])
+    rates = np.minimum(rates, 1 / bound) if method.capped else rates
+    given = {**method.numbers, "learning_rate": rates}
+    return {key: jnp.broadcast_to(jnp.asarray(v, float), rates.shape) for key, v in given.items()}
+
+
 def _relaxed(
-    scenario: Scenario, entry: _Entry, steps: int, numbers: jax.Array
+    scenario: Scenario, make: Maker, steps: int, numbers: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
     """What `MethodResult` keeps of one relaxation, traced."""
     graph = scenario.graph
-    result = relax(graph, scenario.x0, entry.optimizer(graph, *numbers), steps, record=_record)
-    history = result.info.history
-    weights, adapted = jnp.ones(graph.num_edges, result.x.dtype), result.energy
+    result = relaxed(make, steps, graph, scenario.x0, TOL, numbers)
+    told = told_of(graph, result)
     found = telemetry.record(result.state)
-    if isinstance(found, telemetry.WeightsRecord):
-        weights = found.weights
-        adapted = jnp.append(history["adapted"], graph.energy(result.x, weights))
+    weighted = isinstance(found, telemetry.WeightsRecord)
     return {
         "energy": result.energy,
-        "adapted": adapted,
+        "adapted": told.get("adapted", result.energy),
         "x": result.x,
-        "weights": weights,
-        "backtracks": jnp.sum(history.get("backtracks", jnp.zeros(1, int))),
+        "weights": found.weights if weighted else jnp.ones(graph.num_edges, result.x.dtype),
+        "backtracks": jnp.sum(told.get("backtracks", jnp.zeros(1, int))),
     }
 
 

@@ -36,7 +36,7 @@ import optax
 from smallgain_jax import presets
 from smallgain_jax.graphs.descent import DescentInfo
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.relaxation import relax
+from smallgain_jax.graphs.relaxation import RelaxResult, relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit, heavy_ball_limit
 from smallgain_jax.tools import telemetry
 from smallgain_jax.tools.phase import AgmState, agm_phase
@@ -170,7 +170,7 @@ def _preset(settings: dict[str, Any]) -> Method:
 
 
 BASELINES: dict[str, Method] = {
-    "none": Method(_fixed),
+    "fixed step": Method(_fixed),
     "capped step": Method(_fixed, capped=True),
     "auto-cap": Method(_auto_cap),
     "GradNorm": Method(_gradnorm),
@@ -198,9 +198,9 @@ ABLATIONS: dict[str, Method] = {
     "scaling on": _static(scaling_iterations=10),
     **{f"rho {rho}": Method(SmallGain(), _OWN | {"budget_fraction": rho}) for rho in (0.5, 0.9)},
     **{f"eta {eta}": Method(SmallGain(), _OWN | {"max_step_change": eta}) for eta in (0.05, 0.2)},
-    "preset default": _preset(presets.default()),
-    "preset speed": _preset(presets.speed()),
-    "preset safety": _preset(presets.safety()),
+    "small_gain, default preset": _preset(presets.default()),
+    "small_gain, speed preset": _preset(presets.speed()),
+    "small_gain, safety preset": _preset(presets.safety()),
 }
 """Variants of `small_gain`, which itself has policy greedy, value alignment, row gains and
 smoothing on, scaling off, rho 0.7 and eta 0.10."""
@@ -326,8 +326,24 @@ def _is_agm(part: Any) -> bool:
 def traced_run(
     make: Maker, steps: int, graph: EnergyGraph, x0: jax.Array, tol: jax.Array, numbers: Numbers
 ) -> dict[str, jax.Array]:
-    """One run, for `jit`."""
-    result = relax(graph, x0, make(graph, numbers), steps, tol=tol, record=_record)
+    """One run, for `jit`: what `outcome_of` takes."""
+    return told_of(graph, relaxed(make, steps, graph, x0, tol, numbers))
+
+
+def relaxed(
+    make: Maker,
+    steps: int,
+    graph: EnergyGraph,
+    x0: jax.Array,
+    tol: jax.Array | float,
+    numbers: Numbers,
+) -> RelaxResult:
+    """A method's run, with the history that `told_of` reads."""
+    return relax(graph, x0, make(graph, numbers), steps, tol=tol, record=_record)
+
+
+def told_of(graph: EnergyGraph, result: RelaxResult) -> dict[str, jax.Array]:
+    """What a run tells of each step."""
     history = dict(result.info.history)
     found = telemetry.record(result.state)
     if isinstance(found, telemetry.WeightsRecord):
@@ -599,7 +615,8 @@ def claims(result: PlanResult) -> Table:
     ratio of final gaps (below 1e-12 nothing is told apart), backtracks, runs that diverged, and
     times.
 
-    >>> plan = Plan(suites=(Suite(generator="baseline"),), methods=("none",), steps=2, repeats=0)
+    >>> suites = (Suite(generator="baseline"),)
+    >>> plan = Plan(suites=suites, methods=("fixed step",), steps=2, repeats=0)
     >>> claims(run_plan(plan, lambda line: None)).num_rows
     0
     """
