@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-COUNTERS = ("skipped", "nonfinite", "accepted")
+COUNTERS = ("count", "skipped", "nonfinite", "accepted")
 """Names of what may differ after an update that was skipped."""
 
 
@@ -62,6 +62,16 @@ def assert_skips_nonfinite(case):
     for path, leaf in jax.tree.leaves_with_path(after):
         if getattr(path[-1], "name", None) not in COUNTERS:
             np.testing.assert_array_equal(leaf, before[path], jax.tree_util.keystr(path))
+
+
+def assert_recovers(case):
+    """The update after one whose objective was no number is as good as if it had not been."""
+    params, state = case.after(2)
+    _, spoiled = jax.jit(case.update)(params, state, jnp.nan)
+    params, state = jax.jit(case.step)(params, spoiled)
+    for leaf in jax.tree.leaves((params, state)):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            assert np.isfinite(leaf).all()
 
 
 def assert_resumes_bitwise(case):

@@ -49,7 +49,7 @@ CASES = {
     "auto_cap": on_losses(lambda: sg.auto_cap(optax.sgd(0.01), LOSSES)),
     "throttle": on_losses(lambda: sg.throttle(optax.sgd(0.1), 0.1)),
     "kappa_budget": on_losses(lambda: optax.chain(optax.sgd(0.1), sg.kappa_budget(2.0))),
-    "balance_flow": on_losses(lambda: sg.balance_flow(optax.sgd(0.01), LOSSES)),
+    "balance_flow": on_losses(lambda: sg.balance_flow(LOSSES, optax.sgd(0.01))),
     "balance_newton": on_losses(lambda: sg.balance_newton(LOSSES)),
     "two_phase": on_losses(
         lambda: sg.two_phase(optax.sgd(0.01), sg.balance_newton(LOSSES), LOSSES)
@@ -68,9 +68,15 @@ def test_state_is_stable(name):
 
 
 @pytest.mark.once
-@each
+@pytest.mark.parametrize("name", [name for name in CASES if name != "majorized_descent"])
 def test_skips_nonfinite(name):
     properties.assert_skips_nonfinite(CASES[name]())
+
+
+@pytest.mark.once
+@each
+def test_recovers(name):
+    properties.assert_recovers(CASES[name]())
 
 
 @pytest.mark.once

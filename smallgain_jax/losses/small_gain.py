@@ -847,7 +847,7 @@ def _info(
         margin_rows=jnp.where(limited, margin, top),
         guard=factors.guard,
         gains=factors.gains,
-        fit=seen.fit,
+        fit=jnp.where(jnp.isfinite(seen.fit), seen.fit, state.info.fit),
         rewinds=state.info.rewinds + judged.rewind,
         balance_residual=decision.balance_residual,
         interaction_ratio=decision.interaction_ratio,
