@@ -91,7 +91,7 @@ def test_page_holds_everything_and_asks_no_network(written):
 
 def test_markdown_has_the_tables(written):
     lines = (written[0] / "report.md").read_text().splitlines()
-    assert "| none | 3 | 1.25e-05 | 0 | 0 |" in lines
+    assert "| fixed step | 3 | 1.25e-05 | 0 | 0 |" in lines
     assert "![energy-a<b](energy-a<b.png)" in lines
 
 

@@ -283,13 +283,14 @@ def _relaxed(
     graph = scenario.graph
     result = relaxed(make, steps, graph, scenario.x0, TOL, numbers)
     told = told_of(graph, result)
-    found = telemetry.record(result.state)
-    weighted = isinstance(found, telemetry.WeightsRecord)
+    found, weights = telemetry.record(result.state), jnp.ones(graph.num_edges, result.x.dtype)
+    if isinstance(found, telemetry.WeightsRecord):
+        weights = found.weights
     return {
         "energy": result.energy,
         "adapted": told.get("adapted", result.energy),
         "x": result.x,
-        "weights": found.weights if weighted else jnp.ones(graph.num_edges, result.x.dtype),
+        "weights": weights,
         "backtracks": jnp.sum(told.get("backtracks", jnp.zeros(1, int))),
     }
 
