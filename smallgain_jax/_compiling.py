@@ -9,7 +9,6 @@ from collections.abc import Callable
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
-import equinox as eqx
 import jax
 import numpy as np
 
@@ -73,12 +72,14 @@ def quick_jit(fn: Callable[..., Any], most: float = SMALL, **settings: Any) -> C
 
 
 def at_once(
-    static: str | None = None,
+    static: str | None = None, own: Callable[[Any], bool] | None = None
 ) -> Callable[[Callable[Given, Found]], Callable[Given, Found]]:
     """A decorator: one program where a function is called outside of any, with numbers only.
 
     One by one its operations would be compiled each: ten times the wait, and that again at each
-    call where there are branches on values. `static` names an argument that is no number.
+    call where there are branches on values. For functions whose code is all ours: what a program
+    of somebody else's code once read, it does not read again. `static` names an argument that is
+    no number; `own` tells of the first one whether its code is ours.
 
     >>> @at_once()
     ... def scaled(x, *, by):
@@ -92,22 +93,29 @@ def at_once(
 
         @wraps(fn)
         def call(*args: Given.args, **named: Given.kwargs) -> Found:
-            leaves = jax.tree.leaves((args, named))
-            if is_concrete(leaves) and all(map(eqx.is_array_like, leaves)):
-                try:
-                    found: Found = program(*args, **named)
-                    return found
-                except _NEEDS_VALUES:  # somebody's energy branches on a number of its own
-                    pass
-            return fn(*args, **named)
+            numbers = {key: value for key, value in named.items() if key != static}
+            if not is_data((args, numbers)) or not (own is None or own(args[0])):
+                return fn(*args, **named)
+            found: Found = program(*args, **named)
+            return found
 
         return call
 
     return decorate
 
 
-_NEEDS_VALUES = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-    jax.errors.TracerIntegerConversionError,
-)
+def is_data(operands: Any) -> bool:
+    """Whether all leaves are known numbers that a program may take as data.
+
+    Integers and booleans of Python are not: a shape, a slice, a branch may depend on them.
+
+    >>> is_data((jax.numpy.ones(2), np.float32(1), 0.5)), is_data(3), is_data(np.array("text"))
+    (True, False, False)
+    """
+    return is_concrete(operands) and all(map(_is_number, jax.tree.leaves(operands)))
+
+
+def _is_number(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray | np.generic):
+        return np.issubdtype(leaf.dtype, np.number) or leaf.dtype in (bool, jax.numpy.bfloat16)
+    return isinstance(leaf, jax.Array | float | complex)

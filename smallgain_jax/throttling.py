@@ -22,7 +22,6 @@ from smallgain_jax._checks import (
     check_optimizer,
     check_positive,
 )
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
 
@@ -171,8 +170,7 @@ def throttle(
     def init(params: Any) -> ThrottleState:
         return _initial_state(params, base.init(params), settings)
 
-    update = at_once()(partial(_throttled, base, settings))
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, partial(_throttled, base, settings))
 
 
 class _Settings(NamedTuple):

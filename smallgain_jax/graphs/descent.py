@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import Evaluation, alike
@@ -165,7 +164,6 @@ def majorized_descent(
         # compiled: the first rows of a run on the host would otherwise go operation by operation
         return state._replace(rows=_rows(own, jnp.asarray(params, state.grad.dtype), smoothing))
 
-    @at_once()
     def update(
         updates: jax.Array,
         state: MajorizedDescentState,

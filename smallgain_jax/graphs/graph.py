@@ -24,6 +24,14 @@ from smallgain_jax.spectral.rows import (
 )
 
 
+def is_ours(graph: Any) -> bool:
+    """Whether all energies of a graph are the library's own, with no function of somebody's."""
+    package = __name__.split(".")[0]
+    parts = (*graph.local, *graph.edges)
+    ours = all(type(part).__module__.split(".")[0] == package for part in parts)
+    return ours and not any(callable(value) for part in parts for value in vars(part).values())
+
+
 class Evaluation(NamedTuple):
     """An objective at one state."""
 
@@ -125,13 +133,13 @@ class EnergyGraph(eqx.Module):
         self._check_state(x)
         return sum((energy(x) for energy in self.local), start=jnp.zeros((), self._dtype(x)))
 
-    @at_once()
+    @at_once(own=is_ours)
     def term_energies(self, x: jax.Array) -> jax.Array:
         """Energy of each term at the reference weights, [E]."""
         self._check_state(x)
         return self._per_term(lambda f, x_i, x_j: f.pair_energy(x_i, x_j), x, ())
 
-    @at_once()
+    @at_once(own=is_ours)
     def energy(self, x: jax.Array, weights: ArrayLike | None = None) -> jax.Array:
         """F(x; w), a scalar.
 
@@ -177,7 +185,7 @@ class EnergyGraph(eqx.Module):
         """
         return self.evaluate(x, weights)[:2]
 
-    @at_once()
+    @at_once(own=is_ours)
     def evaluate(self, x: jax.Array, weights: ArrayLike | None = None) -> Evaluation:
         r"""`value_and_gradient`, and the size of the terms that the value is the sum of.
 
@@ -204,7 +212,7 @@ class EnergyGraph(eqx.Module):
         """Row sums of the reference objective's Hessian, shaped like x; see `curvature`."""
         return self.curvature(x, smoothing=smoothing).row_sums
 
-    @at_once()
+    @at_once(own=is_ours)
     def term_gradients(self, x: jax.Array) -> jax.Array:
         """Gradient of each term by its two ends at the reference weights, [E, 2] or [E, 2, d]."""
         self._check_state(x)
@@ -222,7 +230,7 @@ class EnergyGraph(eqx.Module):
         """Mean activity of each term's hinge over its coordinates, [E]; 1 where there is none."""
         return self._hinge_activity(x, _as_activity(smoothing))
 
-    @at_once()
+    @at_once(own=is_ours)
     def _hinge_activity(self, x: jax.Array, activity: Activity) -> jax.Array:
         self._check_state(x)
         dtype = self._dtype(x)
@@ -237,7 +245,7 @@ class EnergyGraph(eqx.Module):
         """Hessian block of each term, [E, 2, 2] or [E, 2, d, 2, d], hinges by their activity."""
         return self._edge_blocks(x, _as_activity(smoothing))
 
-    @at_once()
+    @at_once(own=is_ours)
     def _edge_blocks(self, x: jax.Array, activity: Activity) -> jax.Array:
         self._check_state(x)
 
@@ -318,7 +326,7 @@ class EnergyGraph(eqx.Module):
         check_count("scaling_iterations", scaling_iterations, 0)
         weights = None if weights is None else self._weights(weights, x)
         activity = _as_activity(smoothing)
-        return _bounded(self, x, weights, scaling, activity, iterations=scaling_iterations)
+        return _bounded(self, x, weights, scaling, activity, iterations=int(scaling_iterations))
 
     def _weights(self, weights: ArrayLike | None, x: jax.Array) -> jax.Array:
         if weights is None:
@@ -387,7 +395,7 @@ class EnergyGraph(eqx.Module):
         return jnp.concatenate(parts) if parts else jnp.zeros(empty, dtype)
 
 
-@at_once("iterations")
+@at_once("iterations", own=is_ours)
 def _bounded(
     graph: EnergyGraph,
     x: jax.Array,

@@ -23,7 +23,7 @@ from smallgain_jax._checks import (
 from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import select, vdot
-from smallgain_jax.graphs.graph import EnergyGraph, alike
+from smallgain_jax.graphs.graph import EnergyGraph, alike, is_ours
 from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
 from smallgain_jax.graphs.weights import Move, Rule, scaled, term_norms, unspent
 from smallgain_jax.limits.probe import measured_limit
@@ -106,7 +106,7 @@ def reweighted(
         used = own if graph is None or not alike(graph, own) else graph
         return step(used, updates, state, params, bounds, extra_args)
 
-    @at_once()
+    @at_once(own=is_ours)
     def step(
         used: EnergyGraph,
         updates: jax.Array,

@@ -241,7 +241,6 @@ def balance_flow(
         info = empty_info(losses, params)
         return BalanceFlowState(zero_count(), zero_count(), carry, base.init(params), info)
 
-    @at_once()
     def update(
         updates: Any,
         state: BalanceFlowState,

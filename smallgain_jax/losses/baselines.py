@@ -16,7 +16,6 @@ from smallgain_jax._checks import (
     check_positive,
     check_target,
 )
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, select, stat_dtype, zero_count
 from smallgain_jax.losses.losses import Batch, Losses, check_params
@@ -90,7 +89,6 @@ def loss_gradnorm(
             zero_count(), ones, jnp.zeros_like(ones), zero_count(), base.init(params)
         )
 
-    @at_once()
     def update(
         updates: Any, state: GradNormState, params: Any = None, *, term_args: Any = (), **extra: Any
     ) -> tuple[Any, GradNormState]:

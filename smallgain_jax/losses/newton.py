@@ -15,7 +15,6 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import (
@@ -148,7 +147,6 @@ def balance_newton(
     check_iterations(iterations)
     check_fraction("decrease", decrease)
 
-    @at_once()
     def update(
         updates: Any,
         state: BalanceNewtonState,

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import optax
@@ -24,6 +23,7 @@ from smallgain_jax._checks import (
     float_dtype,
     is_concrete,
 )
+from smallgain_jax._compiling import is_data
 from smallgain_jax._tree import norm, select, vdot, when
 from smallgain_jax.limits.probe import Probe, probe_optimizer
 from smallgain_jax.losses.balance import balance_residual, interaction_ratio
@@ -296,7 +296,7 @@ def _transformation(
         weighted = bool(given.pop("weighted", False))
         operands = (updates, state, params, given)
         # branches on the state would compile anew at every call outside of a program
-        ready = is_concrete(operands) and all(map(eqx.is_array_like, jax.tree.leaves(operands)))
+        ready = is_data(operands)
         run = compiled if ready else compute
         if ready and isinstance(state, TrainingState) and not settings.reweights:
             report_lost(state)

@@ -14,7 +14,6 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import HIGHEST, all_finite, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import Balance, as_losses, balance_of, check_weights, empty_info
@@ -151,7 +150,7 @@ def two_phase(
         optax.with_extra_args_support(balance_optimizer),
         _Settings(switch, patience, plateau, tolerance, escape, iterations),
     )
-    update = at_once()(partial(_update, wiring))
+    update = partial(_update, wiring)
     return optax.GradientTransformationExtraArgs(partial(_initial, wiring), update)
 
 

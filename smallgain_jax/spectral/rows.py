@@ -25,7 +25,6 @@ from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_positive
-from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import HIGHEST
 
@@ -210,17 +209,9 @@ def hessian_row_sums(fn: Callable[..., jax.Array], x: Any, *args: Any, sparsity:
                 f"x has {flat.size} unknowns, too many for a dense Hessian "
                 f"(at most {DENSE_LIMIT}): give sparsity, the pattern of the Hessian"
             )
-        return _dense_row_sums(fn, x, args)
+        hessian = jax.hessian(flat_fn)(flat) if flat.size else jnp.zeros((0, 0), flat.dtype)
+        return unravel(jnp.sum(jnp.abs(hessian), axis=1))
     return unravel(_compressed_row_sums(flat_fn, flat, sparsity))
-
-
-@at_once()
-def _dense_row_sums(fn: Callable[..., jax.Array], x: Any, args: tuple[Any, ...]) -> Any:
-    flat, unravel = ravel_pytree(x)
-    if not flat.size:
-        return x
-    hessian = jax.hessian(lambda z: fn(unravel(z), *args))(flat)
-    return unravel(jnp.sum(jnp.abs(hessian), axis=1))
 
 
 def _compressed_row_sums(fn: Callable[..., jax.Array], x: jax.Array, sparsity: Any) -> jax.Array:
