@@ -98,8 +98,11 @@ def throttle(
     two mini-batches' gradients, moreover, is noise that does not shrink with the step: the formula
     alone would follow it down, geometrically where it exceeds chi times the gradient. Hence the
     tolerance. Its price: a growth that never reaches it is never answered, and one that does has
-    raised the gradient that much. On quadratics, whose curvature follows nothing, `tolerance=None`
-    is the formula alone; chi = 2 does not recover from what a tolerance lets pass.
+    raised the gradient that much. And where noise exceeds the gradient itself (batches of a few
+    rows, accumulation behind the throttle) the first secants are noise too, so that alpha starts,
+    and may stay, far too small: use `same_batch` or "hvp" there. On quadratics, whose curvature
+    follows nothing, `tolerance=None` is the formula alone; chi = 2 does not recover from what a
+    tolerance lets pass.
 
     Args:
       base_optimizer: any optax optimizer. Its update u is scaled, its state is untouched.
@@ -124,7 +127,8 @@ def throttle(
       loss: `loss(params, *term_args)`, scalar; for "hvp", "power" and `same_batch`. Its further
         arguments are given to `update` as the extra argument `term_args`, a tuple.
       same_batch: evaluate the new batch's gradient at the old parameters too, so that the secant
-        holds no batch noise; one more gradient a step. For `tolerance=None` on mini-batches.
+        holds no batch noise; one more gradient a step. For batches of a few rows, and for
+        `tolerance=None` on any.
       power_steps: Hessian-vector products per update with "power", static.
 
     Returns:

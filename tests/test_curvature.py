@@ -42,6 +42,33 @@ def test_bounds_hold_and_tighten(kind, eps):
     assert np.median(looseness) <= 0.03
 
 
+@pytest.mark.once
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({"weights": [-1.0, 1.0]}, "weights must not be negative"),
+        ({"scaling": jnp.array([1.0, -1.0, 1.0])}, "scaling must be positive"),
+        ({"scaling": jnp.ones(4)}, "scaling has shape"),
+    ],
+)
+def test_no_bound_of_what_is_none(named, message):
+    graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(3)), sg.Quadratic([0, 1], [1, 2], 0.5))
+    with pytest.raises(ValueError, match=message):
+        graph.curvature(jnp.zeros(3), **named)
+
+
+@pytest.mark.once
+def test_what_an_energy_of_ones_own_reads_is_read_at_each_call():
+    stiffness = [1.0]
+    pair = sg.PairTerm(lambda a, b: stiffness[0] * (a - b) ** 2, i=[0], j=[1])
+    graph = sg.EnergyGraph(sg.Landau(a=jnp.ones(2)), [pair])
+    x = jnp.array([1.0, 0.0])
+    soft = graph.energy(x), graph.curvature(x).lipschitz
+    stiffness[0] = 100.0
+    assert graph.energy(x) > 10 * soft[0]
+    assert graph.curvature(x).lipschitz > 10 * soft[1]
+
+
 def test_nearly_disconnected_parts_stay_certified(eps):
     # two stiff springs joined by almost nothing to soft ones, and one node joined to nothing
     i, j = np.array([0, 2, 1, 4]), np.array([1, 3, 2, 5])

@@ -101,6 +101,18 @@ def test_losses_on_one_network_are_priced_by_one_program(heads, monkeypatch):
     assert large > 1.5 * small
 
 
+@pytest.mark.once
+def test_integers_of_a_batch_stay_integers():
+    losses = sg.terms(
+        lambda p, n: {"a": jnp.sum(p[:n] ** 2), "b": jnp.sum((p - 1) ** 2)}, names=("a", "b")
+    )
+    optimizer = sg.small_gain(optax.sgd(0.1), losses)
+    params = jnp.ones(3)
+    gradient = jax.grad(lambda p: jnp.sum(losses.values(p, 2)))(params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params, term_args=(2,))
+    np.testing.assert_allclose(updates, [-0.2, -0.2, 0.0], atol=1e-6)
+
+
 def test_priorities_may_be_data_of_a_program():
     def weights(priorities):
         optimizer = sg.small_gain(

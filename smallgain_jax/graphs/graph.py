@@ -315,6 +315,11 @@ class EnergyGraph(eqx.Module):
         Returns:
           `Curvature(row_sums [n], local_rows [n], edge_cost [E, 2], lipschitz, scaling [n])`.
 
+        Raises:
+          TypeError: x is not floating.
+          ValueError: `x`, `weights` or `scaling` of another shape; concrete weights that are
+            negative, or a scaling that is not positive.
+
         >>> import smallgain_jax as sg
         >>> graph = sg.EnergyGraph(sg.Landau(a=[0.0, 0.0]), [sg.Quadratic([0], [1], 0.5)])
         >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
@@ -324,7 +329,16 @@ class EnergyGraph(eqx.Module):
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating, got {x.dtype}: jnp.asarray(x, float)")
         check_count("scaling_iterations", scaling_iterations, 0)
-        weights = None if weights is None else self._weights(weights, x)
+        if weights is not None:
+            weights = self._weights(weights, x)
+            if is_concrete(weights) and np.any(np.asarray(weights) < 0):
+                raise ValueError("weights must not be negative: what they bound would be no bound")
+        if scaling is not None:
+            scaling = jnp.asarray(scaling)
+            if scaling.shape != x.shape:
+                raise ValueError(f"scaling has shape {scaling.shape}, expected {x.shape}, as x")
+            if is_concrete(scaling) and not np.all(np.asarray(scaling) > 0):
+                raise ValueError("scaling must be positive: it divides the rows of a bound")
         activity = _as_activity(smoothing)
         return _bounded(self, x, weights, scaling, activity, iterations=int(scaling_iterations))
 
