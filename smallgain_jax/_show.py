@@ -23,6 +23,7 @@ def shows(
     words: Mapping[str, Callable[[Any], str]] | None = None,
     labels: str | None = None,
     labelled: tuple[str, ...] = (),
+    first: tuple[str, ...] = (),
 ) -> Callable[[_Class], _Class]:
     """Give a named tuple a short `repr`, and a table with a plot in notebooks.
 
@@ -32,11 +33,13 @@ def shows(
       words: what to say of a field, by its name, where it is known (not traced).
       labels: path of the field that names the entries of others.
       labelled: the fields whose entries it names.
+      first: the fields that a reader looks for, before the others.
     """
 
     def decorate(cls: _Class) -> _Class:
         setattr(cls, "_words", words or {})  # noqa: B010
         setattr(cls, "_labels", (labels, labelled))  # noqa: B010
+        setattr(cls, "_first", first)  # noqa: B010
         setattr(cls, "__repr__", text)  # noqa: B010  # of a class whose type is not known
         setattr(cls, "_repr_html_", lambda self: _page(self, curve, bars))  # noqa: B010
         return cls
@@ -54,7 +57,9 @@ def text(value: Any) -> str:
 
 def _lines(value: Any, depth: int) -> Iterator[str]:
     yield f"{type(value).__name__}("
-    for name, field in zip(value._fields, value, strict=True):
+    early = getattr(type(value), "_first", ())
+    for name in (*early, *(name for name in value._fields if name not in early)):
+        field = getattr(value, name)
         if _is_named(field) and depth > 1 and field._fields:
             first, *rest = _lines(field, depth - 1)
             yield f"  {name}: {first}"

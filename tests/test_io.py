@@ -747,6 +747,8 @@ class TestFilesAsPeopleHaveThem:
             read_columns(tmp_path)
         with pytest.raises(IsADirectoryError):
             read_graph(tmp_path)
+        csv_file(tmp_path / "telemetry.csv", "energy\n2.5\n")
+        assert read_columns(tmp_path)["energy"].tolist() == [2.5]
 
 
 class TestOtherTables:

@@ -82,7 +82,15 @@ class Names(tuple[str, ...]):
         return (tuple(self),)
 
 
-@shows(bars="share", labels="names", labelled=("losses", "share", "response"))
+@shows(
+    words={
+        "sharpness": lambda found: f"{found:.4g}" if found > 0 else "not measured yet",
+        "limit": lambda found: "none known" if found == highest(found.dtype) else f"{found:.4g}",
+    },
+    bars="share",
+    labels="names",
+    labelled=("losses", "share", "response"),
+)
 class TrainingInfo(NamedTuple):
     """What a reader of one update wants to know. K losses, R rows (blocks of parameters).
 
@@ -114,6 +122,7 @@ class TrainingInfo(NamedTuple):
     bars="info.share",
     labels="info.names",
     labelled=("weights", "first_weights", "log_weights"),
+    first=("count", "weights", "info"),
 )
 class TrainingState(NamedTuple):
     """State of `small_gain` around the losses of a model. K losses."""

@@ -287,9 +287,12 @@ def read_columns(path: PathLike) -> dict[str, np.ndarray]:
 def _parts(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    if not (parts := sorted(path.glob(PARTS))):
-        raise FileFormatError(path, None, None, f"the folder holds no {PARTS}")
-    return parts
+    if parts := sorted(path.glob(PARTS)):
+        return parts
+    if not (table := path / "telemetry.csv").is_file():
+        problem = f"the folder holds no {PARTS}, and no telemetry.csv as `smallgain relax` writes"
+        raise FileFormatError(path, None, None, problem)
+    return [table]
 
 
 def _columns_of(path: Path) -> Columns:
