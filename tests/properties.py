@@ -6,7 +6,7 @@ gradient, and further arguments of `update`. Nothing here knows which transforma
 
 import pickle
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,20 @@ COUNTERS = ("count", "skipped", "nonfinite", "accepted")
 """Names of what may differ after an update that was skipped."""
 
 
-class Case(NamedTuple):
-    optimizer: optax.GradientTransformation
-    params: Any
-    gradient: Callable[[Any, Any], Any]
-    named: Callable[[Any], dict[str, Any]] = lambda scale: {}
+class Case:
+    """One optimizer in its loop; two updates are one program, compiled once."""
+
+    def __init__(
+        self,
+        optimizer: optax.GradientTransformation,
+        params: Any,
+        gradient: Callable[[Any, Any], Any],
+        named: Callable[[Any], dict[str, Any]] = lambda scale: {},
+    ) -> None:
+        self.optimizer, self.params, self.gradient, self.named = optimizer, params, gradient, named
+        self._two = jax.jit(
+            lambda carry: jax.lax.scan(lambda c, _: (self.step(*c), None), carry, length=2)[0]
+        )
 
     def update(self, params, state, scale=1.0):
         gradient = self.gradient(params, scale)
@@ -32,15 +41,11 @@ class Case(NamedTuple):
         updates, state = self.update(params, state)
         return optax.apply_updates(params, updates), state
 
-    def after(self, steps, carry=None):
-        """Parameters and state after some updates in one program."""
-        start = (self.params, self.optimizer.init(self.params)) if carry is None else carry
-
-        @jax.jit
-        def run(carry):
-            return jax.lax.scan(lambda c, _: (self.step(*c), None), carry, length=steps)[0]
-
-        return run(start)
+    def after_two(self, carry=None):
+        """Parameters and state two updates on."""
+        return self._two(
+            (self.params, self.optimizer.init(self.params)) if carry is None else carry
+        )
 
 
 def assert_state_is_stable(case):
@@ -54,7 +59,7 @@ def assert_state_is_stable(case):
 
 def assert_skips_nonfinite(case):
     """An objective that is no number moves neither parameters nor state, but for its counters."""
-    params, state = case.after(2)
+    params, state = case.after_two()
     updates, after = jax.jit(case.update)(params, state, jnp.nan)
     for leaf in jax.tree.leaves(updates):
         np.testing.assert_array_equal(leaf, 0)
@@ -66,7 +71,7 @@ def assert_skips_nonfinite(case):
 
 def assert_recovers(case):
     """The update after one whose objective was no number is as good as if it had not been."""
-    params, state = case.after(2)
+    params, state = case.after_two()
     _, spoiled = jax.jit(case.update)(params, state, jnp.nan)
     params, state = jax.jit(case.step)(params, spoiled)
     for leaf in jax.tree.leaves((params, state)):
@@ -76,15 +81,18 @@ def assert_recovers(case):
 
 def assert_resumes_bitwise(case):
     """A run from a state that was written and read is the run that was not interrupted."""
-    read = pickle.loads(pickle.dumps(jax.device_get(case.after(2))))
-    resumed, whole = case.after(2, jax.tree.map(jnp.asarray, read)), case.after(2, case.after(2))
+    read = pickle.loads(pickle.dumps(jax.device_get(case.after_two())))
+    resumed, whole = (
+        case.after_two(jax.tree.map(jnp.asarray, read)),
+        case.after_two(case.after_two()),
+    )
     for a, b in zip(jax.tree.leaves(resumed), jax.tree.leaves(whole)):
         np.testing.assert_array_equal(a, b)
 
 
 def assert_same_outside_of_a_program(case, rtol):
     """An update that nobody compiled does what a compiled one does."""
-    carry = case.after(2)
+    carry = case.after_two()
     alone, together = case.step(*carry), jax.jit(case.step)(*carry)
     for a, b in zip(jax.tree.leaves(alone[0]), jax.tree.leaves(together[0])):
         np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol)

@@ -1,5 +1,7 @@
 """The properties of `tests.properties`, for each transformation of the library."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,14 @@ CASES = {
     "auto_cap on a graph": on_a_graph(lambda graph: sg.auto_cap(optax.sgd(0.1), graph)),
     "majorized_descent": on_a_graph(sg.majorized_descent),
 }
+
+
+@cache
+def case_of(name):
+    """One case for all tests in one precision: they share its programs."""
+    return CASES[name]()
+
+
 each = pytest.mark.parametrize("name", CASES)
 
 
@@ -70,28 +80,28 @@ def test_state_is_stable(name):
 @pytest.mark.once
 @pytest.mark.parametrize("name", [name for name in CASES if name != "majorized_descent"])
 def test_skips_nonfinite(name):
-    properties.assert_skips_nonfinite(CASES[name]())
+    properties.assert_skips_nonfinite(case_of(name))
 
 
 @pytest.mark.once
 @each
 def test_recovers(name):
-    properties.assert_recovers(CASES[name]())
+    properties.assert_recovers(case_of(name))
 
 
 @pytest.mark.once
 @each
 def test_resumes_bitwise(name):
-    properties.assert_resumes_bitwise(CASES[name]())
+    properties.assert_resumes_bitwise(case_of(name))
 
 
 @pytest.mark.once
 @each
 def test_same_outside_of_a_program(name):
-    properties.assert_same_outside_of_a_program(CASES[name](), 1e-4)
+    properties.assert_same_outside_of_a_program(case_of(name), 1e-4)
 
 
 @pytest.mark.once
 @each
 def test_needs_params(name):
-    properties.assert_needs_params(CASES[name]())
+    properties.assert_needs_params(case_of(name))
