@@ -146,7 +146,9 @@ def kappa_budget(
     """
     settings = _Settings(l_max, policy, projection, floor, ceiling, ema, every)
     _check(settings)
-    step = at_once()(partial(_stepped, settings, layers))
+    plain = partial(_stepped, settings, layers)
+    # a rule of somebody's is asked at each update
+    step = at_once()(plain) if layers is None else plain
 
     def init(params: Any) -> KappaState:
         return _initial_state(params, _real_layers(params, layers), settings)

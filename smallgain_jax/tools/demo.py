@@ -40,15 +40,15 @@ from smallgain_jax.tools.validation import (
 )
 
 METHODS = (
-    *(
-        "fixed step",
-        "capped step",
-        "line search",
-        "GradNorm",
-        "auto-cap",
-        "small_gain, default preset",
-    ),
-    *("small_gain, momentum", "L-BFGS", "default"),
+    "fixed step",
+    "capped step",
+    "line search",
+    "GradNorm",
+    "auto-cap",
+    "small_gain, default preset",
+    "small_gain, momentum",
+    "L-BFGS",
+    "default",
 )
 """Those of `validation.METHODS` that the demo shows, in this order."""
 
@@ -216,14 +216,15 @@ def run(steps: int = 60) -> DemoResult:
     with jax.enable_x64(True):
         problems = (scenarios.baseline(), scenarios.dense())
         bounds = [start_bound(problem) for problem in problems]
+    groups = _together()
     places = list(zip(problems, bounds, strict=True))
-    jobs = [(*place, names, steps) for place in places for names in _together()]
+    jobs = [(*place, names, steps) for place in places for names in groups]
     # most of the time is compilation, which lets go of the interpreter
     with ThreadPoolExecutor(2) as pool:
         competed = list(pool.map(_compete, *zip(*jobs, strict=True)))
     tables, results, minima = {}, {}, {}
     for k, problem in enumerate(problems):
-        part = competed[k * len(_together()) : (k + 1) * len(_together())]
+        part = competed[k * len(groups) : (k + 1) * len(groups)]
         by_name = {r.method: r for r in itertools.chain.from_iterable(part)}
         name, minima[problem.name] = problem.name, _minimum(problem)
         results[name] = tuple(by_name[method] for method in METHODS)
