@@ -16,8 +16,8 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import (
-    PARAMS_NEEDED,
     cast_like,
+    check_call,
     check_fraction,
     check_optimizer,
     check_positive,
@@ -30,17 +30,29 @@ STATIC = ("order", "curvature", "loss", "same_batch", "power_steps")
 
 CURVATURES = ("secant", "hvp", "power")
 
+TURN = -0.36
+"""Mean cosine between one gradient and the next, above which alpha may grow.
+
+At the limit of stability it is -1. Where gradients are noise alone it is minus half the product of
+rate and curvature, so that alpha grows to a third of the limit and not beyond."""
+
+MEMORY = 0.1
+"""Weight of the newest gradient in means: a longer memory sees the limit too late."""
+
 
 @shows()
 class ThrottleState(NamedTuple):
     """State of `throttle`. Fields that a setting does not need are empty tuples."""
 
     count: jax.Array  # type: ignore[assignment]  # [] int32, updates that were not skipped
-    alpha: jax.Array  # [] factor on the last update, in [alpha_min, alpha_max]; a probe's below
+    alpha: jax.Array  # [] factor, in [alpha_min, alpha_max]; a probe's below. Unrounded
     velocity: jax.Array  # [] of alpha, order 2
     gradient_lipschitz: jax.Array  # [] C_t, in units of curvature; 0 before the first secant
     gradient_lipschitz_ema: jax.Array  # [] its moving average
-    quiet_norm: jax.Array  # [] ||G||, averaged as it falls and never rising; for `tolerance`
+    gradient_norm: jax.Array  # [] ||G|| of the last update
+    alignment: jax.Array  # [] mean cosine between one gradient and the next; secant across batches
+    gradient_rms: jax.Array  # [] ||G||, root mean square of the last ten or so
+    quiet_norm: jax.Array  # [] gradient_rms, rising only while the gradient does not turn
     infeasible: jax.Array  # [] int32, steps whose floor exceeded what the control allowed
     skipped: jax.Array  # [] int32, steps with a non-finite gradient, update or value
     previous_params: Any  # like params; secant
@@ -61,6 +73,7 @@ def throttle(
     alpha_min: ArrayLike = 1e-8,
     alpha_max: ArrayLike = 1.0,
     tolerance: ArrayLike | None = 5.0,
+    growth: ArrayLike = 0.1,
     probe: ArrayLike = 1e-3,
     quantum: ArrayLike | None = None,
     curvature: str = "secant",
@@ -80,8 +93,10 @@ def throttle(
     within [alpha_min, alpha_max]. Orders 1 and 2 smooth the way up only: alpha never exceeds what
     order 0 allows, and $k = \mathrm{gain} / \max(1, \eta C)$, without which the controller is
     itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$. Alpha takes a smaller
-    value only once the gradient's norm has grown to `tolerance` times its quiet level; until then
-    it holds.
+    value only once the gradient's norm has grown to `tolerance` times its quiet level. Until then
+    it holds, and grows by up to `growth` an update while c, the mean cosine between one gradient
+    and the next, says that there is room: by the part $(1 - c^2)(c - c_0) / (1 - c_0)$ of it,
+    $c_0 = -0.36$ (below).
 
     The secant reacts; it certifies nothing. $C_t$ is the stretch of the gradient along the last
     step, at most the Lipschitz constant between two iterates and often below it. A stiff direction
@@ -94,15 +109,18 @@ def throttle(
 
     Networks sharpen until a fixed step is at its limit, and then stay there (Cohen et al. 2021). A
     rule that gives way whenever curvature rises chases it down instead, to a step several times
-    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). The difference of
-    two mini-batches' gradients, moreover, is noise that does not shrink with the step: the formula
-    alone would follow it down, geometrically where it exceeds chi times the gradient. Hence the
+    shorter than the best fixed one (Roulet et al., *Stepping on the edge*, 2024). Hence the
     tolerance. Its price: a growth that never reaches it is never answered, and one that does has
-    raised the gradient that much. And where noise exceeds the gradient itself (batches of a few
-    rows, accumulation behind the throttle) the first secants are noise too, so that alpha starts,
-    and may stay, far too small: use `same_batch` or "hvp" there. On quadratics, whose curvature
-    follows nothing, `tolerance=None` is the formula alone; chi = 2 does not recover from what a
-    tolerance lets pass.
+    raised the gradient that much.
+
+    The difference of two mini-batches' gradients is noise that does not shrink with the step, and
+    a rule that divides by the step follows it down without end. The cosine tells noise from
+    curvature without dividing. On a quadratic of curvature $\lambda$ without noise it is 1 or -1,
+    there is no room, and the secant is right. Where noise is all, gradients of a stationary run
+    have the cosine $-\alpha \eta \lambda / 2$ (that of an autoregression), so that alpha grows to
+    about a third of the limit, $\alpha \eta \lambda = 0.72$, however small the first secants made
+    it. On quadratics, whose curvature follows nothing, `tolerance=None` is the formula alone; chi
+    = 2 does not recover from what a tolerance lets pass.
 
     Args:
       base_optimizer: any optax optimizer. Its update u is scaled, its state is untouched.
@@ -116,6 +134,8 @@ def throttle(
       alpha_min, alpha_max: bounds, 0 < alpha_min <= alpha_max <= 1.
       tolerance: how many times the quiet gradient norm counts as unstable, above 1; None answers
         every rise of the curvature, that of mini-batches' noise too.
+      growth: largest relative growth of alpha in one update, in [0, 1], where the last gradients
+        leave room for it; the secant across batches has it, `tolerance=None` has not.
       probe: until there is a secant there is nothing to go by, and updates are cut to a norm of at
         most probe (1 + ||params||), below alpha_min if need be: the first, and those after updates
         too short to tell, or of 0.
@@ -127,15 +147,14 @@ def throttle(
       loss: `loss(params, *term_args)`, scalar; for "hvp", "power" and `same_batch`. Its further
         arguments are given to `update` as the extra argument `term_args`, a tuple.
       same_batch: evaluate the new batch's gradient at the old parameters too, so that the secant
-        holds no batch noise; one more gradient a step. For batches of a few rows, and for
-        `tolerance=None` on any.
+        holds no batch noise; one more gradient a step. For `tolerance=None` on mini-batches.
       power_steps: Hessian-vector products per update with "power", static.
 
     Returns:
       An optax transformation whose `update` needs `params`; its state is a `ThrottleState`. A
       non-finite gradient, update, curvature or extra argument `value` gives a zero update and
-      leaves all but `skipped` as it was. With leaves below 32 bits alpha is rounded down to a power
-      of two: the scaled update is then exact, and its direction too.
+      leaves all but `skipped` as it was. With leaves below 32 bits the update is scaled by alpha
+      rounded down to a power of two: it is then exact, and its direction too.
 
     Raises:
       ValueError: an unknown name or order, a concrete number outside its range, a loss that is
@@ -161,6 +180,7 @@ def throttle(
         alpha_min,
         alpha_max,
         tolerance,
+        growth,
         probe,
         quantum,
         curvature,
@@ -189,6 +209,7 @@ class _Settings(NamedTuple):
     alpha_min: ArrayLike
     alpha_max: ArrayLike
     tolerance: ArrayLike | None
+    growth: ArrayLike
     probe: ArrayLike
     quantum: ArrayLike | None
     curvature: str
@@ -206,8 +227,7 @@ def _throttled(
     **extra_args: Any,
 ) -> tuple[Any, ThrottleState]:
     """The base optimizer's update times alpha."""
-    if params is None:
-        raise ValueError(PARAMS_NEEDED)
+    check_call(ThrottleState, updates, state, params)
     raw, base_state = base.update(updates, state.base_state, params, **extra_args)
     args = extra_args.get("term_args") or ()
     moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
@@ -218,7 +238,8 @@ def _throttled(
     # chosen first, then scaled: compiled code would multiply the base's own factor by alpha
     # before the gradient, a product that may fall below the normal numbers, to 0
     safe = select(usable, raw, jax.tree.map(jnp.zeros_like, raw))
-    scaled = _scale(safe, jnp.where(usable, moved.alpha, 1))
+    alpha = _power_of_two(moved.alpha) if _has_low_precision(raw) else moved.alpha
+    scaled = _scale(safe, jnp.where(usable, alpha, 1))
     return scaled, kept._replace(skipped=skipped)
 
 
@@ -241,7 +262,7 @@ def _check(settings: _Settings) -> None:
         check_fraction("learning_rate", settings.learning_rate, high=np.inf)
     for name in ("chi", "probe", "alpha_min"):
         check_positive(name, getattr(settings, name))
-    for name in ("alpha_max", "ema", "gain", "damping"):
+    for name in ("alpha_max", "ema", "gain", "damping", "growth"):
         check_fraction(name, getattr(settings, name))
     if isinstance(low, float | int) and isinstance(high, float | int):
         check_fraction("alpha_min", low, high=high)
@@ -268,11 +289,14 @@ def _initial_state(params: Any, base_state: Any, settings: _Settings) -> Throttl
         velocity=scalar(),
         gradient_lipschitz=scalar(),
         gradient_lipschitz_ema=scalar(),
+        gradient_norm=scalar(),
+        alignment=scalar(-1.0),
+        gradient_rms=scalar(),
         quiet_norm=scalar(),
         infeasible=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         previous_params=zeros() if secant else (),
-        previous_grad=zeros() if secant and not settings.same_batch else (),
+        previous_grad=zeros() if _compares_batches(settings) else (),
         direction=_start_direction(params) if settings.curvature == "power" else (),
         base_state=base_state,
     )
@@ -290,18 +314,22 @@ def _moved(
     dtype, secant = state.alpha.dtype, settings.curvature == "secant"
     length, size = norm(raw, dtype), norm(grads, dtype)
     seen = _measure(settings, state, params, grads, raw, length, args)
-    alpha, velocity, quiet, short = _control(settings, state, params, raw, length, size, seen)
+    turning = _turning(settings, state, size, seen.change)
+    alpha, velocity, short = _control(settings, state, params, raw, length, size, seen, turning)
     moved = ThrottleState(
         count=optax.safe_increment(state.count),
         alpha=alpha,
         velocity=velocity,
         gradient_lipschitz=seen.lipschitz,
         gradient_lipschitz_ema=seen.average,
-        quiet_norm=quiet,
+        gradient_norm=size,
+        alignment=turning.alignment,
+        gradient_rms=turning.mean,
+        quiet_norm=turning.quiet,
         infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
         skipped=state.skipped,
         previous_params=params if secant else (),
-        previous_grad=grads if secant and not settings.same_batch else (),
+        previous_grad=grads if _compares_batches(settings) else (),
         direction=seen.direction,
         base_state=state.base_state,
     )
@@ -315,6 +343,7 @@ class _Seen(NamedTuple):
     any: jax.Array  # [] bool, whether this or an update before said something
     lipschitz: jax.Array  # [] the last one that says something
     average: jax.Array  # []
+    change: jax.Array  # [] ||G_t - G_{t-1}||
     direction: Any
 
 
@@ -328,9 +357,9 @@ def _measure(
     args: tuple[Any, ...],
 ) -> _Seen:
     """C_t by the chosen way, and its average; both as they were where C_t says nothing."""
-    direction = state.direction
+    direction, change = state.direction, jnp.zeros_like(length)
     if settings.curvature == "secant":
-        now, seen = _secant(settings, state, params, grads, args)
+        now, seen, change = _secant(settings, state, params, grads, args)
     else:
         assert settings.loss is not None
         gradient = jax.grad(partial(_with_args, settings.loss, args))
@@ -348,7 +377,19 @@ def _measure(
     lipschitz = jnp.where(seen, now, state.gradient_lipschitz)
     known = state.gradient_lipschitz_ema
     average = jnp.where(known > 0, known + settings.ema * (lipschitz - known), lipschitz)
-    return _Seen(now, seen | (known > 0), lipschitz, jnp.where(seen, average, known), direction)
+    return _Seen(
+        now=now,
+        any=seen | (known > 0),
+        lipschitz=lipschitz,
+        average=jnp.where(seen, average, known),
+        change=change,
+        direction=direction,
+    )
+
+
+def _compares_batches(settings: _Settings) -> bool:
+    """Whether the gradients of one update and the next are compared, each of its own batch."""
+    return settings.curvature == "secant" and not settings.same_batch
 
 
 def _with_args(loss: Callable[..., jax.Array], args: tuple[Any, ...], at: Any) -> jax.Array:
@@ -357,8 +398,8 @@ def _with_args(loss: Callable[..., jax.Array], args: tuple[Any, ...], at: Any) -
 
 def _secant(
     settings: _Settings, state: ThrottleState, params: Any, grads: Any, args: tuple[Any, ...]
-) -> tuple[jax.Array, jax.Array]:
-    """Stretch of the gradient along the last step, and whether there was one to go by."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Stretch of the gradient along the last step, whether there was one to go by, its change."""
     dtype, old = state.alpha.dtype, state.previous_grad
     if settings.same_batch:
         assert settings.loss is not None
@@ -368,7 +409,55 @@ def _secant(
     # below the resolution of the parameters a difference is no step to go by
     resolution = jnp.finfo(dtype).eps * norm(params, dtype)
     seen = (state.count > 0) & (step > resolution)
-    return jnp.where(seen, change / jnp.where(seen, step, 1), 0), seen
+    return jnp.where(seen, change / jnp.where(seen, step, 1), 0), seen, change
+
+
+class _Turning(NamedTuple):
+    """How far the gradient turns from one update to the next."""
+
+    alignment: jax.Array  # [] in [-1, 1]
+    room: jax.Array  # [] in [0, 1], 0 where alpha must not grow
+    mean: jax.Array  # [] norm of the gradient, root mean square
+    quiet: jax.Array  # [] norm to which a growth is compared
+
+
+def _turning(
+    settings: _Settings, state: ThrottleState, size: jax.Array, change: jax.Array
+) -> _Turning:
+    """The mean cosine c, and the room that it leaves: $(1 - c^2)(c - c_{min}) / (1 - c_{min})$.
+
+    A cosine that is always 1 or -1 is that of a gradient without noise, whose secant is right.
+    """
+    alignment, room = state.alignment, jnp.zeros_like(size)
+    calm = jnp.zeros((), bool)
+    if _compares_batches(settings):
+        told = jnp.minimum(state.gradient_norm, size) > 0
+        cosine = _cosine(state.gradient_norm, size, change, told)
+        alignment += jnp.where(told, MEMORY * (cosine - alignment), 0)
+        alignment = jnp.clip(alignment, -1, 1)
+        calm = told & (jnp.minimum(alignment, cosine) > TURN)
+        room = jnp.where(calm, (1 - jnp.square(alignment)) * (alignment - TURN) / (1 - TURN), 0)
+    first = state.count == 0
+    weight = jnp.maximum(MEMORY, 1 / (1 + state.count.astype(size.dtype)))
+    mean = _root_mean_square(state.gradient_rms, size, weight)
+    # a gradient that grows without turning was not made to by the step
+    quiet = jnp.where(calm | first, mean, jnp.minimum(state.quiet_norm, mean))
+    return _Turning(alignment, room, mean, quiet)
+
+
+def _root_mean_square(mean: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
+    """The mean moved by `weight` to the new value; at any scale, whose squares may not exist."""
+    scale = jnp.maximum(mean, new)
+    unit = jnp.where(scale > 0, scale, 1)
+    return scale * jnp.sqrt((1 - weight) * (mean / unit) ** 2 + weight * (new / unit) ** 2)
+
+
+def _cosine(a: jax.Array, b: jax.Array, difference: jax.Array, valid: jax.Array) -> jax.Array:
+    """Of two vectors of these norms; (a^2 + b^2 - d^2) / 2ab without a square that overflows."""
+    longer = jnp.where(valid, jnp.maximum(a, b), 1)
+    shorter = jnp.where(valid, jnp.minimum(a, b), 1)
+    excess = jnp.clip(longer - difference, -shorter, shorter) / shorter
+    return (shorter / longer + excess * (1 + difference / longer)) / 2
 
 
 def _power(
@@ -393,14 +482,17 @@ def _control(
     length: jax.Array,
     size: jax.Array,
     seen: _Seen,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """alpha, its velocity, the quiet norm, and whether the floor exceeded the control."""
+    turning: _Turning,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """alpha, its velocity, and whether the floor exceeded the control."""
     dtype, known = length.dtype, state.gradient_lipschitz_ema
     alpha, velocity = _law(settings, state, length, size, seen)
-    quiet = jnp.where(state.count > 0, state.quiet_norm, size)
     if settings.tolerance is not None:
+        quiet = jnp.where(state.count > 0, state.quiet_norm, size)
         holds = (known > 0) & (size <= settings.tolerance * quiet)
-        alpha = jnp.where(holds, jnp.clip(state.alpha, alpha, settings.alpha_max), alpha)
+        grown = state.alpha * (1 + settings.growth * turning.room)
+        kept = jnp.minimum(jnp.maximum(grown, alpha), settings.alpha_max)
+        alpha = jnp.where(holds, kept, alpha)
     if settings.curvature == "secant":
         reach = settings.probe * (1 + norm(params, dtype))
         # not only at first: an update of 0, or one too short, leaves no secant
@@ -411,10 +503,7 @@ def _control(
     floor = jnp.where(length > 0, smallest / jnp.where(length > 0, length, 1), 0)
     short = floor > alpha
     alpha = jnp.maximum(alpha, jnp.minimum(floor, settings.alpha_max))
-    if _has_low_precision(raw):
-        alpha = _power_of_two(alpha)
-    quiet = jnp.where(size < quiet, quiet + settings.ema * (size - quiet), quiet)
-    return alpha, velocity, quiet, short
+    return alpha, velocity, short
 
 
 def _law(
