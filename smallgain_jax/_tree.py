@@ -115,14 +115,28 @@ def placed_like(array: jax.Array, leaf: Any) -> jax.Array:
     sharding = getattr(jax.typeof(leaf), "sharding", None) if hasattr(leaf, "dtype") else None
     if sharding is None or not _is_explicit(sharding):
         return array
-    return jax.sharding.reshard(array, sharding)
+    # the type's mesh names no devices: an array's own does, and then no context is needed
+    return _resharded(array, leaf.sharding if _is_placed(leaf) else sharding)
 
 
 def gathered(array: jax.Array) -> jax.Array:
     """`array` whole on every device, where meshes have explicit axes; else as it is."""
-    if not _is_explicit(jax.typeof(array).sharding):
+    if not hasattr(array, "dtype") or not _is_explicit(jax.typeof(array).sharding):
         return array
-    return jax.sharding.reshard(array, jax.sharding.PartitionSpec())
+    sharding: Any = array.sharding if _is_placed(array) else jax.typeof(array).sharding
+    return _resharded(
+        array, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    )
+
+
+def _is_placed(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+
+
+def _resharded(array: jax.Array, sharding: Any) -> jax.Array:
+    if isinstance(sharding.mesh, jax.sharding.AbstractMesh) or not _is_placed(array):
+        return jax.sharding.reshard(array, sharding)
+    return jax.device_put(array, sharding)
 
 
 class Closed(eqx.Module):

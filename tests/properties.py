@@ -101,3 +101,11 @@ def assert_same_outside_of_a_program(case, rtol):
 def assert_needs_params(case):
     with pytest.raises(ValueError, match="params"):
         case.optimizer.update(case.params, case.optimizer.init(case.params))
+
+
+def assert_names_a_wrong_shape(case):
+    """A gradient of one row too many is refused, whether or not it would broadcast."""
+    state = case.optimizer.init(case.params)
+    wrong = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), case.params)
+    with pytest.raises(ValueError, match="updates.* has shape"):
+        case.optimizer.update(wrong, state, case.params, **case.named(1.0))

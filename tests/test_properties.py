@@ -105,3 +105,9 @@ def test_same_outside_of_a_program(name):
 @each
 def test_needs_params(name):
     properties.assert_needs_params(case_of(name))
+
+
+@pytest.mark.once
+@each
+def test_names_a_wrong_shape(name):
+    properties.assert_names_a_wrong_shape(case_of(name))

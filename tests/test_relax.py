@@ -222,6 +222,15 @@ def test_explicit_meshes(objective):
     np.testing.assert_allclose(found.x, plain.x, rtol=1e-5)
     np.testing.assert_allclose(sharded.x, plain.x, rtol=1e-5)
     assert np.isfinite(slope)
+    # an array's own mesh is enough
+    placed = jax.device_put(scenario.x0, rows)
+    np.testing.assert_allclose(sg.relax(whole, placed).x, plain.x, rtol=1e-5)
+    for method in (graph.energy, graph.term_energies, graph.rows, graph.gradient):
+        expected = method(scenario.x0)
+        np.testing.assert_allclose(method(placed), expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            jax.jit(lambda x, method=method: method(x))(placed), expected, rtol=1e-5
+        )
 
 
 @pytest.mark.once

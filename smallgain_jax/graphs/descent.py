@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, float_dtype
+from smallgain_jax._checks import cast_like, check_call, float_dtype
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.graph import Evaluation, alike
@@ -176,10 +176,9 @@ def majorized_descent(
         **extra_args: Any,
     ) -> tuple[jax.Array, MajorizedDescentState]:
         del extra_args
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
+        check_call(MajorizedDescentState, updates, state, params)
         graph = own if graph is None or not alike(graph, own) else graph
-        x = params.astype(state.grad.dtype)
+        x = jnp.asarray(params, state.grad.dtype)
         if evaluation is None:
             value = graph.energy(x) if value is None else jnp.asarray(value, x.dtype)
             evaluation = Evaluation(value, updates.astype(x.dtype), jnp.abs(value))

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import check_count, is_concrete
 from smallgain_jax._compiling import at_once
+from smallgain_jax._tree import gathered
 from smallgain_jax.graphs.families import EdgeFamily
 from smallgain_jax.graphs.local import LocalEnergy
 from smallgain_jax.spectral.rows import (
@@ -130,13 +131,13 @@ class EnergyGraph(eqx.Module):
 
     def local_energy(self, x: jax.Array) -> jax.Array:
         """Sum of the local energies, a scalar."""
-        self._check_state(x)
+        x = self._state(x)
         return sum((energy(x) for energy in self.local), start=jnp.zeros((), self._dtype(x)))
 
     @at_once(own=is_ours)
     def term_energies(self, x: jax.Array) -> jax.Array:
         """Energy of each term at the reference weights, [E]."""
-        self._check_state(x)
+        x = self._state(x)
         return self._per_term(lambda f, x_i, x_j: f.pair_energy(x_i, x_j), x, ())
 
     @at_once(own=is_ours)
@@ -150,7 +151,7 @@ class EnergyGraph(eqx.Module):
         if weights is not None:
             terms = self._weights(weights, x) * self.term_energies(x)
             return self.local_energy(x) + jnp.sum(terms)
-        self._check_state(x)
+        x = self._state(x)
         # family by family: gathering all terms into one array first is a pass over memory
         parts = self._map_parts(lambda f, x_i, x_j: f.weight * f.pair_energy(x_i, x_j), x)
         return sum((jnp.sum(part) for part in parts), start=self.local_energy(x))
@@ -192,7 +193,7 @@ class EnergyGraph(eqx.Module):
         The magnitude $\sum_l |f_l| + \sum_k |w_k e_k|$ is what rounding scales with: where terms
         of both signs cancel, the value is small and its error is not.
         """
-        self._check_state(x)
+        x = self._state(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> tuple[jax.Array, ...]:
             value, slopes = jax.value_and_grad(family.pair_energy, argnums=(0, 1))(x_i, x_j)
@@ -215,7 +216,7 @@ class EnergyGraph(eqx.Module):
     @at_once(own=is_ours)
     def term_gradients(self, x: jax.Array) -> jax.Array:
         """Gradient of each term by its two ends at the reference weights, [E, 2] or [E, 2, d]."""
-        self._check_state(x)
+        x = self._state(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
             return jnp.stack(jax.grad(family.pair_energy, argnums=(0, 1))(x_i, x_j))
@@ -232,7 +233,7 @@ class EnergyGraph(eqx.Module):
 
     @at_once(own=is_ours)
     def _hinge_activity(self, x: jax.Array, activity: Activity) -> jax.Array:
-        self._check_state(x)
+        x = self._state(x)
         dtype = self._dtype(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
@@ -247,7 +248,7 @@ class EnergyGraph(eqx.Module):
 
     @at_once(own=is_ours)
     def _edge_blocks(self, x: jax.Array, activity: Activity) -> jax.Array:
-        self._check_state(x)
+        x = self._state(x)
 
         def one(family: EdgeFamily, x_i: jax.Array, x_j: jax.Array) -> jax.Array:
             gap = family.gap(x_i, x_j)
@@ -287,7 +288,7 @@ class EnergyGraph(eqx.Module):
 
     def local_rows(self, x: jax.Array) -> jax.Array:
         """Majorizing rows of the local energies' Hessian, B, shaped like x."""
-        self._check_state(x)
+        x = self._state(x)
         zero = jnp.zeros(x.shape, self._dtype(x))
         return sum((energy.majorizer_diagonal(x) for energy in self.local), start=zero)
 
@@ -325,7 +326,7 @@ class EnergyGraph(eqx.Module):
         >>> graph.curvature(jnp.array([1.0, 0.0])).edge_cost.tolist()
         [[2.0, 2.0]]
         """
-        self._check_state(x)
+        x = self._state(x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"x must be floating, got {x.dtype}: jnp.asarray(x, float)")
         check_count("scaling_iterations", scaling_iterations, 0)
@@ -376,13 +377,15 @@ class EnergyGraph(eqx.Module):
         # of x as it is: a weak type would give way to float32
         return jnp.promote_types(x.dtype, jnp.float32)
 
-    def _check_state(self, x: jax.Array) -> None:
+    def _state(self, x: jax.Array) -> jax.Array:
+        """x, checked; whole on every device, since edges reach across any division of the nodes."""
         if not hasattr(x, "ndim"):
             raise TypeError(f"x must be an array, got {type(x).__name__}: jnp.asarray(x)")
         if x.ndim not in (1, 2) or x.shape[0] != self.num_nodes:
             raise ValueError(
                 f"x has shape {x.shape}, expected [{self.num_nodes}] or [{self.num_nodes}, d]"
             )
+        return gathered(x)
 
     def _per_term(
         self, fn: Callable[..., jax.Array], x: jax.Array, shape: tuple[int, ...]

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_finite
+from smallgain_jax._checks import cast_like, check_call, check_finite
 from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, matmul, select, stat_dtype, zero_count
@@ -249,8 +249,7 @@ def balance_flow(
         term_args: tuple[Any, ...] = (),
         **extra_args: Any,
     ) -> tuple[Any, BalanceFlowState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
+        check_call(BalanceFlowState, updates, state, params)
         if not jax.tree.leaves(params):
             return updates, state._replace(count=optax.safe_increment(state.count))
         values, balance, gradient = value_balance_gradient(losses, params, term_args, weights)

@@ -9,8 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import (
-    PARAMS_NEEDED,
     cast_like,
+    check_call,
     check_fraction,
     check_optimizer,
     check_positive,
@@ -92,8 +92,7 @@ def loss_gradnorm(
     def update(
         updates: Any, state: GradNormState, params: Any = None, *, term_args: Any = (), **extra: Any
     ) -> tuple[Any, GradNormState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
+        check_call(GradNormState, updates, state, params)
         batch = Batch.of(term_args)
         values, grads = terms.value_and_term_grads(params, *batch.args, **batch.kwargs)
         healthy = all_finite((values, grads))

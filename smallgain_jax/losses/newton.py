@@ -14,7 +14,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction
+from smallgain_jax._checks import cast_like, check_call, check_fraction
 from smallgain_jax._show import shows
 from smallgain_jax._tree import all_finite, matmul, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import (
@@ -156,8 +156,7 @@ def balance_newton(
         **extra_args: Any,
     ) -> tuple[Any, BalanceNewtonState]:
         del extra_args
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
+        check_call(BalanceNewtonState, updates, state, params)
         if not jax.tree.leaves(params):
             return updates, state._replace(count=optax.safe_increment(state.count))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import PARAMS_NEEDED, cast_like, check_fraction, check_positive
+from smallgain_jax._checks import cast_like, check_call, check_fraction, check_positive
 from smallgain_jax._show import shows
 from smallgain_jax._tree import HIGHEST, all_finite, select, stat_dtype, zero_count
 from smallgain_jax.losses.balance import Balance, as_losses, balance_of, check_weights, empty_info
@@ -249,8 +249,7 @@ def _update(
     term_grads: Any = None,
     **extra_args: Any,
 ) -> tuple[Any, TwoPhaseState]:
-    if params is None:
-        raise ValueError(PARAMS_NEEDED)
+    check_call(TwoPhaseState, updates, state, params)
     if not jax.tree.leaves(params):
         return updates, state._replace(count=optax.safe_increment(state.count))
     here = _look(wiring, state, params, term_args, term_grads)

@@ -16,17 +16,17 @@ import optax
 from jax.typing import ArrayLike
 
 from smallgain_jax._checks import (
-    PARAMS_NEEDED,
     cast_like,
+    check_call,
     check_fraction,
     check_positive,
     is_concrete,
 )
 from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
-from smallgain_jax._tree import dot, norm, select, stat_dtype
+from smallgain_jax._tree import dot, norm, placed_like, select, stat_dtype
 from smallgain_jax.allocation.knapsack import POLICIES, allocate
-from smallgain_jax.networks.layers import Layer, Rule, find_layers, placed_like, whole
+from smallgain_jax.networks.layers import Layer, Rule, find_layers, whole
 from smallgain_jax.networks.projections import (
     DIRECTIONS,
     PROJECTIONS,
@@ -156,8 +156,7 @@ def kappa_budget(
     def update(
         updates: Any, state: KappaState, params: Any = None, **extra_args: Any
     ) -> tuple[Any, KappaState]:
-        if params is None:
-            raise ValueError(PARAMS_NEEDED)
+        check_call(KappaState, updates, state, params)
         return step(updates, state, params, extra_args.get("grad"))
 
     return optax.GradientTransformationExtraArgs(init, update)

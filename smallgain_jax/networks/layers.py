@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallgain_jax._tree import gathered
+
 
 class Layer(NamedTuple):
     """How a leaf acts as a linear map: which axes are its outputs, and what its matrix omits."""
@@ -196,19 +198,4 @@ def whole(leaf: Any) -> jax.Array:
 
     A norm is one of the whole matrix: products of sharded ones would ask how to shard the result.
     """
-    array = held(leaf)
-    sharding = jax.typeof(array).sharding
-    if all(axis is None for axis in sharding.spec):
-        return array
-    everywhere = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
-    gathered: jax.Array = jax.sharding.reshard(array, everywhere)
-    return gathered
-
-
-def placed_like(array: jax.Array, like: jax.Array) -> jax.Array:
-    """`array` sharded as `like` is over an explicit mesh."""
-    sharding = jax.typeof(like).sharding
-    if jax.typeof(array).sharding == sharding:
-        return array
-    placed: jax.Array = jax.sharding.reshard(array, sharding)
-    return placed
+    return gathered(held(leaf))
