@@ -107,5 +107,5 @@ def assert_names_a_wrong_shape(case):
     """A gradient of one row too many is refused, whether or not it would broadcast."""
     state = case.optimizer.init(case.params)
     wrong = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), case.params)
-    with pytest.raises(ValueError, match="updates.* has shape"):
+    with pytest.raises(ValueError, match=r"updates.* has shape"):
         case.optimizer.update(wrong, state, case.params, **case.named(1.0))
