@@ -81,6 +81,7 @@ def test_tolerance_stops_early():
     assert (result.energy[steps:] == result.energy[steps]).all()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "optimizer",
     [

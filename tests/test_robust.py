@@ -74,7 +74,7 @@ def test_terms_of_three_nodes(shape):
     hessian = jax.hessian(lambda x: term(x))(x).reshape(x.size, x.size)
     rows = jnp.diag(term.majorizer_diagonal(x).ravel())
     assert jnp.linalg.eigvalsh(rows - hessian).min() > -1e-12
-    result = sg.relax(graph, x, steps=200, bounds=(-1.0, 1.0))
+    result = sg.relax(graph, x, steps=200, bounds=(-1.0, 1.0), tol=1e-12)
     assert result.info.converged
     slope = jax.grad(lambda w: jnp.sum(_weighted(graph, w, x) ** 2))(term.weight)
     step, way = 1e-6, rng.normal(size=9)
