@@ -45,7 +45,7 @@ class ThrottleState(NamedTuple):
     """State of `throttle`. Fields that a setting does not need are empty tuples."""
 
     count: jax.Array  # type: ignore[assignment]  # [] int32, updates that were not skipped
-    alpha: jax.Array  # [] factor, in [alpha_min, alpha_max]; a probe's below. Unrounded
+    alpha: jax.Array  # [] factor, in [alpha_min, alpha_max]; a probe's below. Unrounded, lasting
     velocity: jax.Array  # [] of alpha, order 2
     gradient_lipschitz: jax.Array  # [] C_t, in units of curvature; 0 before the first secant
     gradient_lipschitz_ema: jax.Array  # [] its moving average
@@ -90,13 +90,16 @@ def throttle(
     - order 1: $\alpha \leftarrow \alpha + k\,(\chi - \eta\,\alpha\,C)$;
     - order 2: $v \leftarrow 0.8\,v + k\,(\chi - \eta\,\alpha\,C)$, $\alpha \leftarrow \alpha + v$,
 
-    within [alpha_min, alpha_max]. Orders 1 and 2 smooth the way up only: alpha never exceeds what
-    order 0 allows, and $k = \mathrm{gain} / \max(1, \eta C)$, without which the controller is
-    itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$. Alpha takes a smaller
-    value only once the gradient's norm has grown to `tolerance` times its quiet level. Until then
-    it holds, and grows by up to `growth` an update while c, the mean cosine between one gradient
-    and the next, says that there is room: by the part $(1 - c^2)(c - c_0) / (1 - c_0)$ of it,
-    $c_0 = -0.36$ (below).
+    within [alpha_min, alpha_max]. Orders 1 and 2 smooth the way up only: but for `growth` alpha
+    never exceeds what order 0 allows, and $k = \mathrm{gain} / \max(1, \eta C)$, without which the
+    controller is itself an unstable iteration as soon as $\mathrm{gain}\,\eta\,C > 2$.
+
+    Alpha takes a smaller value only once the gradient's norm has grown to `tolerance` times its
+    quiet level while gradients point against each other: c, the mean cosine between one and the
+    next, and the last cosine are at most $c_0 = -0.36$ (below). A gradient that is as large and
+    does not is one of a bad batch, or of a rare one: its own update is clipped to the tolerance,
+    and alpha stays. Otherwise alpha holds, and grows by up to `growth` an update while there is
+    room: by the part $(1 - c^2)(c - c_0) / (1 - c_0)$ of it.
 
     The secant reacts; it certifies nothing. $C_t$ is the stretch of the gradient along the last
     step, at most the Lipschitz constant between two iterates and often below it. A stiff direction
@@ -119,7 +122,8 @@ def throttle(
     there is no room, and the secant is right. Where noise is all, gradients of a stationary run
     have the cosine $-\alpha \eta \lambda / 2$ (that of an autoregression), so that alpha grows to
     about a third of the limit, $\alpha \eta \lambda = 0.72$, however small the first secants made
-    it. On quadratics, whose curvature follows nothing, `tolerance=None` is the formula alone; chi
+    it. From there on the run is the base optimizer's; before, it is slower by some hundred updates.
+    On quadratics, whose curvature follows nothing, `tolerance=None` is the formula alone; chi
     = 2 does not recover from what a tolerance lets pass.
 
     Args:
@@ -230,7 +234,7 @@ def _throttled(
     check_call(ThrottleState, updates, state, params)
     raw, base_state = base.update(updates, state.base_state, params, **extra_args)
     args = extra_args.get("term_args") or ()
-    moved, usable = _moved(settings, state, params, updates, raw, tuple(args))
+    moved, alpha, usable = _moved(settings, state, params, updates, raw, tuple(args))
     if extra_args.get("value") is not None:
         usable &= jnp.all(jnp.isfinite(extra_args["value"]))
     kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
@@ -238,7 +242,8 @@ def _throttled(
     # chosen first, then scaled: compiled code would multiply the base's own factor by alpha
     # before the gradient, a product that may fall below the normal numbers, to 0
     safe = select(usable, raw, jax.tree.map(jnp.zeros_like, raw))
-    alpha = _power_of_two(moved.alpha) if _has_low_precision(raw) else moved.alpha
+    if _has_low_precision(raw):
+        alpha = _power_of_two(alpha)
     scaled = _scale(safe, jnp.where(usable, alpha, 1))
     return scaled, kept._replace(skipped=skipped)
 
@@ -309,31 +314,34 @@ def _moved(
     grads: Any,
     raw: Any,
     args: tuple[Any, ...],
-) -> tuple[ThrottleState, jax.Array]:
-    """The state after an update `raw` of the base optimizer, and whether all of it is finite."""
+) -> tuple[ThrottleState, jax.Array, jax.Array]:
+    """The state after an update `raw` of the base, its factor, and whether all of it is finite."""
     dtype, secant = state.alpha.dtype, settings.curvature == "secant"
     length, size = norm(raw, dtype), norm(grads, dtype)
     seen = _measure(settings, state, params, grads, raw, length, args)
     turning = _turning(settings, state, size, seen.change)
-    alpha, velocity, short = _control(settings, state, params, raw, length, size, seen, turning)
+    control = _control(settings, state, params, raw, length, size, seen, turning)
     moved = ThrottleState(
         count=optax.safe_increment(state.count),
-        alpha=alpha,
-        velocity=velocity,
+        alpha=control.kept,
+        velocity=control.velocity,
         gradient_lipschitz=seen.lipschitz,
         gradient_lipschitz_ema=seen.average,
         gradient_norm=size,
         alignment=turning.alignment,
         gradient_rms=turning.mean,
         quiet_norm=turning.quiet,
-        infeasible=jnp.where(short, optax.safe_increment(state.infeasible), state.infeasible),
+        infeasible=jnp.where(
+            control.short, optax.safe_increment(state.infeasible), state.infeasible
+        ),
         skipped=state.skipped,
         previous_params=params if secant else (),
         previous_grad=grads if _compares_batches(settings) else (),
         direction=seen.direction,
         base_state=state.base_state,
     )
-    return moved, jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
+    usable = jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
+    return moved, control.applied, usable
 
 
 class _Seen(NamedTuple):
@@ -417,6 +425,7 @@ class _Turning(NamedTuple):
 
     alignment: jax.Array  # [] in [-1, 1]
     room: jax.Array  # [] in [0, 1], 0 where alpha must not grow
+    certain: jax.Array  # [] bool, whether a growth of the gradient is that of an unstable step
     mean: jax.Array  # [] norm of the gradient, root mean square
     quiet: jax.Array  # [] norm to which a growth is compared
 
@@ -429,20 +438,21 @@ def _turning(
     A cosine that is always 1 or -1 is that of a gradient without noise, whose secant is right.
     """
     alignment, room = state.alignment, jnp.zeros_like(size)
-    calm = jnp.zeros((), bool)
+    calm, certain = jnp.zeros((), bool), jnp.ones((), bool)
     if _compares_batches(settings):
         told = jnp.minimum(state.gradient_norm, size) > 0
         cosine = _cosine(state.gradient_norm, size, change, told)
         alignment += jnp.where(told, MEMORY * (cosine - alignment), 0)
         alignment = jnp.clip(alignment, -1, 1)
         calm = told & (jnp.minimum(alignment, cosine) > TURN)
+        certain = jnp.maximum(alignment, cosine) <= TURN
         room = jnp.where(calm, (1 - jnp.square(alignment)) * (alignment - TURN) / (1 - TURN), 0)
     first = state.count == 0
     weight = jnp.maximum(MEMORY, 1 / (1 + state.count.astype(size.dtype)))
     mean = _root_mean_square(state.gradient_rms, size, weight)
     # a gradient that grows without turning was not made to by the step
     quiet = jnp.where(calm | first, mean, jnp.minimum(state.quiet_norm, mean))
-    return _Turning(alignment, room, mean, quiet)
+    return _Turning(alignment, room, certain, mean, quiet)
 
 
 def _root_mean_square(mean: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
@@ -474,6 +484,15 @@ def _power(
     return stretch, select(stretch > 0, direction, start)
 
 
+class _Control(NamedTuple):
+    """What the control law says."""
+
+    applied: jax.Array  # [] factor on this update
+    kept: jax.Array  # [] factor that the next one starts from
+    velocity: jax.Array  # []
+    short: jax.Array  # [] bool, whether the floor exceeded what the control allowed
+
+
 def _control(
     settings: _Settings,
     state: ThrottleState,
@@ -483,27 +502,35 @@ def _control(
     size: jax.Array,
     seen: _Seen,
     turning: _Turning,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """alpha, its velocity, and whether the floor exceeded the control."""
-    dtype, known = length.dtype, state.gradient_lipschitz_ema
-    alpha, velocity = _law(settings, state, length, size, seen)
+) -> _Control:
+    """The law, what the tolerance holds, a probe where nothing is known, and the floor."""
+    dtype, known = length.dtype, state.gradient_lipschitz_ema > 0
+    allowed, velocity = _law(settings, state, length, size, seen)
+    applied = kept = allowed
     if settings.tolerance is not None:
         quiet = jnp.where(state.count > 0, state.quiet_norm, size)
-        holds = (known > 0) & (size <= settings.tolerance * quiet)
         grown = state.alpha * (1 + settings.growth * turning.room)
-        kept = jnp.minimum(jnp.maximum(grown, alpha), settings.alpha_max)
-        alpha = jnp.where(holds, kept, alpha)
+        held = jnp.minimum(jnp.maximum(grown, allowed), settings.alpha_max)
+        # a large gradient that does not turn against the last ones is that of a bad batch or a
+        # rare one: it is clipped to the tolerance, and those that follow are not
+        peak = settings.tolerance * quiet
+        clipped = held * peak / jnp.maximum(size, jnp.where(peak > 0, peak, 1))
+        lasting = known & ((size <= peak) | ~turning.certain)
+        kept = jnp.where(lasting, held, allowed)
+        applied = jnp.where(lasting, jnp.maximum(clipped, jnp.minimum(allowed, held)), allowed)
     if settings.curvature == "secant":
         reach = settings.probe * (1 + norm(params, dtype))
         # not only at first: an update of 0, or one too short, leaves no secant
         shortened = reach / jnp.maximum(length, reach)
-        alpha = jnp.where(seen.any, alpha, jnp.minimum(alpha, shortened))
+        applied, kept = (
+            jnp.where(seen.any, alpha, jnp.minimum(alpha, shortened)) for alpha in (applied, kept)
+        )
     quantum = settings.quantum
     smallest = _rounding(params, dtype) if quantum is None else jnp.asarray(quantum, dtype)
     floor = jnp.where(length > 0, smallest / jnp.where(length > 0, length, 1), 0)
-    short = floor > alpha
-    alpha = jnp.maximum(alpha, jnp.minimum(floor, settings.alpha_max))
-    return alpha, velocity, short
+    short = floor > applied
+    raised = jnp.minimum(floor, settings.alpha_max)
+    return _Control(jnp.maximum(applied, raised), jnp.maximum(kept, raised), velocity, short)
 
 
 def _law(
