@@ -49,7 +49,7 @@ class ThrottleState(NamedTuple):
     velocity: jax.Array  # [] of alpha, order 2
     gradient_lipschitz: jax.Array  # [] C_t, in units of curvature; 0 before the first secant
     gradient_lipschitz_ema: jax.Array  # [] its moving average
-    gradient_norm: jax.Array  # [] ||G|| of the last update
+    gradient_norm: jax.Array  # [] ||G||, the last that was not 0
     alignment: jax.Array  # [] mean cosine between one gradient and the next; secant across batches
     gradient_rms: jax.Array  # [] ||G||, root mean square of the last ten or so
     quiet_norm: jax.Array  # [] gradient_rms, rising only while the gradient does not turn
@@ -340,6 +340,9 @@ def _moved(
         direction=seen.direction,
         base_state=state.base_state,
     )
+    # a gradient of 0 says nothing: what was last seen stays, to be compared with the next
+    still = state._replace(count=moved.count)
+    moved = select(size != 0, cast_like(moved, still), still)
     usable = jnp.isfinite(length) & jnp.isfinite(seen.now) & jnp.isfinite(size)
     return moved, control.applied, usable
 
@@ -416,7 +419,7 @@ def _secant(
     change = norm(_subtract(grads, old), dtype)
     # below the resolution of the parameters a difference is no step to go by
     resolution = jnp.finfo(dtype).eps * norm(params, dtype)
-    seen = (state.count > 0) & (step > resolution)
+    seen = (state.gradient_norm > 0) & (step > resolution)
     return jnp.where(seen, change / jnp.where(seen, step, 1), 0), seen, change
 
 
@@ -447,8 +450,8 @@ def _turning(
         calm = told & (jnp.minimum(alignment, cosine) > TURN)
         certain = jnp.maximum(alignment, cosine) <= TURN
         room = jnp.where(calm, (1 - jnp.square(alignment)) * (alignment - TURN) / (1 - TURN), 0)
-    first = state.count == 0
-    weight = jnp.maximum(MEMORY, 1 / (1 + state.count.astype(size.dtype)))
+    first = state.gradient_norm == 0
+    weight = jnp.maximum(MEMORY, jnp.where(first, 1, 1 / (1 + state.count.astype(size.dtype))))
     mean = _root_mean_square(state.gradient_rms, size, weight)
     # a gradient that grows without turning was not made to by the step
     quiet = jnp.where(calm | first, mean, jnp.minimum(state.quiet_norm, mean))
@@ -508,7 +511,7 @@ def _control(
     allowed, velocity = _law(settings, state, length, size, seen)
     applied = kept = allowed
     if settings.tolerance is not None:
-        quiet = jnp.where(state.count > 0, state.quiet_norm, size)
+        quiet = jnp.where(state.gradient_norm > 0, state.quiet_norm, size)
         grown = state.alpha * (1 + settings.growth * turning.room)
         held = jnp.minimum(jnp.maximum(grown, allowed), settings.alpha_max)
         # a large gradient that does not turn against the last ones is that of a bad batch or a

@@ -154,6 +154,27 @@ def test_rare_large_gradients_do_not_stop_training():
 
 
 @pytest.mark.once
+def test_gradients_of_zero_teach_nothing():
+    """Nine updates in ten have none: the others go as if these had not been."""
+    rng = np.random.default_rng(5)
+    optimizer = throttle(optax.sgd(0.1), 0.1)
+    x, step = jnp.ones(6), jax.jit(optimizer.update)
+    states = {every: (x, optimizer.init(x)) for every in (1, 10)}
+    for _ in range(200):
+        noise = jnp.asarray(rng.standard_normal(6))
+        for every, (x, state) in states.items():
+            if every == 10:
+                for _ in range(9):
+                    updates, state = step(jnp.zeros(6), state, x)
+                    assert (updates == 0).all()
+            updates, state = step(x + noise, state, x)
+            states[every] = (x + updates, state)
+    (_, one), (_, other) = states.values()
+    assert one.alpha > 0.1
+    np.testing.assert_allclose(other.alpha, one.alpha, rtol=0.3)
+
+
+@pytest.mark.once
 @pytest.mark.parametrize("turns", [False, True])
 def test_a_large_gradient_lasts_only_where_it_turns(turns):
     rng = np.random.default_rng(4)
