@@ -121,7 +121,7 @@ def placed_like(array: jax.Array, leaf: Any) -> jax.Array:
 
 def gathered(array: jax.Array) -> jax.Array:
     """`array` whole on every device, where meshes have explicit axes; else as it is."""
-    if not hasattr(array, "dtype") or not _is_explicit(jax.typeof(array).sharding):
+    if not _is_explicit(jax.typeof(array).sharding):
         return array
     sharding: Any = array.sharding if _is_placed(array) else jax.typeof(array).sharding
     return _resharded(

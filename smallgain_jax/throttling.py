@@ -162,7 +162,9 @@ def throttle(
 
     Raises:
       ValueError: an unknown name or order, a concrete number outside its range, a loss that is
-        needed and missing, or `update` without params.
+        needed and missing; `update` without params, or with a gradient of another structure or
+        shape.
+      TypeError: `update` with the state of another transformation.
 
     >>> optimizer = throttle(optax.sgd(100.0), 100.0)  # a hundred times the limit 2/L = 1
     >>> x = jnp.array([1.0, -2.0])
@@ -452,17 +454,11 @@ def _turning(
         room = jnp.where(calm, (1 - jnp.square(alignment)) * (alignment - TURN) / (1 - TURN), 0)
     first = state.gradient_norm == 0
     weight = jnp.maximum(MEMORY, jnp.where(first, 1, 1 / (1 + state.count.astype(size.dtype))))
-    mean = _root_mean_square(state.gradient_rms, size, weight)
+    # of values whose squares may not exist
+    mean = jnp.hypot(jnp.sqrt(1 - weight) * state.gradient_rms, jnp.sqrt(weight) * size)
     # a gradient that grows without turning was not made to by the step
     quiet = jnp.where(calm | first, mean, jnp.minimum(state.quiet_norm, mean))
     return _Turning(alignment, room, certain, mean, quiet)
-
-
-def _root_mean_square(mean: jax.Array, new: jax.Array, weight: jax.Array) -> jax.Array:
-    """The mean moved by `weight` to the new value; at any scale, whose squares may not exist."""
-    scale = jnp.maximum(mean, new)
-    unit = jnp.where(scale > 0, scale, 1)
-    return scale * jnp.sqrt((1 - weight) * (mean / unit) ** 2 + weight * (new / unit) ** 2)
 
 
 def _cosine(a: jax.Array, b: jax.Array, difference: jax.Array, valid: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ import warnings
 from functools import cache, partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -96,13 +97,8 @@ def test_as_the_base(name):
         assert finite(run(fair, term_args=(BATCH,))) or not finite(plain)
     else:  # prices in the metric of gradient descent, whatever the base: no program of its own
         step, start = loop(fair, term_args=(BATCH,))
-        jax.tree.map(
-            lambda new, old: np.testing.assert_equal(
-                (new.shape, new.dtype), (old.shape, old.dtype)
-            ),
-            jax.eval_shape(step, start, None)[0],
-            start,
-        )
+        after, _ = jax.eval_shape(step, start, None)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, start)
 
 
 @pytest.mark.parametrize("name", REFUSED)
