@@ -1,6 +1,8 @@
 """What every transformation does with pytrees: choose, measure, test for finiteness."""
 
+import math
 from collections.abc import Callable
+from functools import reduce
 from typing import Any
 
 import equinox as eqx
@@ -56,6 +58,25 @@ def vdot(a: jax.Array, b: jax.Array) -> jax.Array:
     unless told otherwise: what is claimed or compared by a product has to say so.
     """
     return jnp.vdot(a, b, precision=HIGHEST)
+
+
+FEW_COLUMNS = 8
+
+
+def fold_columns(fold: Any, array: jax.Array, empty: float = 0.0) -> jax.Array:
+    """`array` [K, ...] folded by `jnp.add` or its like over all axes but the first, [K].
+
+    `empty` where there is no column.
+
+    Few columns one by one: a reduction over a minor axis of two is not vectorized.
+    """
+    flat = array.reshape(array.shape[0], math.prod(array.shape[1:]))
+    width = flat.shape[1]
+    if not width:
+        return jnp.full(flat.shape[:1], empty, flat.dtype)
+    if width > FEW_COLUMNS:
+        return fold.reduce(flat, axis=1)
+    return reduce(fold, (flat[:, q] for q in range(width)))
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:

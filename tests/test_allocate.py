@@ -1,5 +1,6 @@
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -468,8 +469,8 @@ BAD = [
     (dict(lower=[0.0, 0.0]), "lower has shape"),
     (dict(lower=[2.0]), r"lower\[0\] = 2.0 exceeds"),
     (dict(cost=[1.0]), "cost has shape"),
-    (dict(cost=[[-1.0, 1.0]]), "cost must be finite"),
-    (dict(cost=[[np.nan, 1.0]]), "cost must be finite"),
+    (dict(cost=[[-1.0, 1.0]]), r"cost\[0, 0\] = .* must be finite and at least 0"),
+    (dict(cost=[[np.nan, 1.0]]), r"cost\[0, 0\] = .* must be finite and at least 0"),
     (dict(rows=[[0, 2]]), r"rows must lie in 0\.\.1"),
     (dict(rows=[[0.0, 1.0]]), "rows must be int"),
     (dict(row_budget=1.0), "row_budget must have shape"),
@@ -483,3 +484,12 @@ BAD = [
 def test_mistakes_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         sg.allocate(**GOOD | change)
+
+
+def test_what_a_program_closes_over_is_checked_too():
+    fields = {name: jnp.asarray(field) for name, field in GOOD.items()}
+    inside = jax.jit(lambda: sg.allocate(**fields))()
+    chex.assert_trees_all_close(inside, sg.allocate(**fields))
+    outside = fields | {"rows": jnp.array([[0, 2]])}
+    with pytest.raises(ValueError, match=r"rows must lie in 0\.\.1"):
+        jax.jit(lambda: sg.allocate(**outside))()

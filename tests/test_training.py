@@ -130,13 +130,13 @@ def test_priorities_may_be_data_of_a_program():
         np.testing.assert_allclose(each, weights(tuple(one.tolist())), rtol=1e-4)
 
 
-@pytest.mark.parametrize("priorities", [None, (3.0, 1.0)])
+@pytest.mark.parametrize("priorities", [None, (3.0, 1.0), {"soft": 3.0}])
 def test_fair_shares_follow_priorities_at_a_total_cost_of_one(priorities):
     optimizer = sg.small_gain(
         optax.sgd(1e-4), quadratics, every=1, priorities=priorities, policy="fair"
     )
     _, state, _ = train(optimizer, quadratics, jnp.ones(2), 300)
-    wanted = np.array([1.0, 1.0] if priorities is None else priorities)
+    wanted = np.array([1.0, 1.0] if priorities is None else [3.0, 1.0])
     np.testing.assert_allclose(state.info.share, wanted / wanted.sum(), rtol=1e-3)
     cost = state.info.cost[:, 0]
     np.testing.assert_allclose(np.vdot(state.weights, cost), 1, rtol=1e-3)
@@ -469,6 +469,7 @@ def test_bad_losses_are_named(fn, error, message):
         ({"every": 0}, "every"),
         ({"iterations": 0}, "iterations"),
         ({"priorities": (1.0, -1.0)}, "priorities"),
+        ({"policy": "fair", "priorities": {"soft": -1.0}}, r"priorities\['soft'\]"),
         ({"floor": 2.0, "ceiling": 1.0}, "floor"),
         ({"target": 2.0}, "target"),
     ],
@@ -476,6 +477,16 @@ def test_bad_losses_are_named(fn, error, message):
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         sg.small_gain(optax.sgd(0.1), quadratics, **settings)
+
+
+@pytest.mark.parametrize(
+    ("priorities", "message"),
+    [((1.0,), "1 entries for 2 losses"), ({"soft": 1.0, "hard": 2.0}, "'hard'.*'soft', 'stiff'")],
+)
+def test_priorities_must_fit_the_losses(priorities, message):
+    optimizer = sg.small_gain(optax.sgd(0.1), quadratics, policy="fair", priorities=priorities)
+    with pytest.raises(ValueError, match=message):
+        optimizer.init(jnp.ones(2))
 
 
 @pytest.mark.once

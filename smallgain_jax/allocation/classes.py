@@ -1,16 +1,20 @@
 """Greedy allocation of very many terms: served by classes of score, without sorting them."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smallgain_jax._tree import matmul
+from smallgain_jax._tree import fold_columns
 from smallgain_jax.allocation.problem import Knapsack, in_shares
 
 SAMPLE = 1 << 15
 """Terms, at most, whose scores decide where classes begin."""
 CELL_BITS = 18
 """Bits of a float32 score that its class ignores: 32 cells an octave remain."""
+UNROLLED = 8
+"""Classes that one kernel serves, at most."""
 FIRST_CAUTION = 0.9
 """Part of a claim on the worst class that the first exchange leaves out where budgets are empty;
 in proportion to what they fall short of the demand otherwise. Chosen by measurement."""
@@ -29,11 +33,10 @@ def by_classes(problem: Knapsack, rounds: int, bins: int) -> jax.Array:
     worth, load, rows, num_rows = in_shares(problem)
     # columns rather than [K, m] arrays: a minor axis of two defeats vectorization
     paid = [(load[:, q], rows[:, q]) for q in range(load.shape[1])]
-    charge = jnp.sum(problem.cost, axis=1) * problem.room
+    charge = fold_columns(jnp.add, problem.cost) * problem.room
     score = jnp.where(charge > 0, worth / jnp.where(charge > 0, charge, 1), 0)
     level = _levels(score, jnp.sqrt(worth), bins)
     cell = level.astype(rows.dtype)
-    earlier = jnp.triu(jnp.ones((bins, bins), load.dtype), 1)
 
     def served(threshold: jax.Array) -> list[jax.Array]:
         return [
@@ -43,14 +46,11 @@ def by_classes(problem: Knapsack, rounds: int, bins: int) -> jax.Array:
 
     def exchange(share: list[jax.Array]) -> jax.Array:
         claims = _written([part * _others(share, q) for q, (part, _) in enumerate(paid)])
-        where = _written([row * bins + cell for _, row in paid])
-        demand = jnp.zeros(num_rows * bins, load.dtype)
+        where = _written([cell * num_rows + row for _, row in paid])
+        demand = jnp.zeros(bins * num_rows, load.dtype)
         for claim, index in zip(claims, where, strict=True):
             demand = demand.at[index].add(claim, mode="promise_in_bounds")
-        demand = demand.reshape(num_rows, bins)
-        left = 1 - matmul(demand, earlier)
-        part = jnp.clip(left / jnp.where(demand > 0, demand, 1), 0, 1)
-        return jnp.sum(jnp.where(demand > 0, part, left > 0), axis=1)
+        return _thresholds(demand.reshape(bins, num_rows))
 
     # no threshold is known yet, but worse classes are refused oftener: claiming all would set the
     # first thresholds too low (where they are the last ones too, what is not claimed is lost)
@@ -65,6 +65,22 @@ def by_classes(problem: Knapsack, rounds: int, bins: int) -> jax.Array:
     share = served(threshold - bins * jnp.finfo(load.dtype).eps)
     granted = [share[q] * _others(claimed, q) for q in range(len(paid))]
     return _topped_up(paid, _least(granted), num_rows)
+
+
+def _thresholds(demand: jax.Array) -> jax.Array:
+    """How many classes each row serves, the last in part, [R]; of claims [bins, R] on a budget."""
+
+    def serve(carry: tuple[jax.Array, jax.Array], claimed: jax.Array) -> tuple[Any, None]:
+        served, left = carry
+        part = jnp.clip(left / jnp.where(claimed > 0, claimed, 1), 0, 1)
+        part = jnp.where(claimed > 0, part, (left > 0).astype(part.dtype))
+        return (served + part, left - claimed), None
+
+    none, all_of_it = jnp.zeros_like(demand[0]), jnp.ones_like(demand[0])
+    # twice round at least: what is no loop is fused into the gathers, and done anew in each
+    unroll = min(UNROLLED, demand.shape[0] // 2)
+    served, _ = jax.lax.scan(serve, (none, all_of_it), demand, unroll=unroll)[0]
+    return served
 
 
 _Paid = list[tuple[jax.Array, jax.Array]]  # load [K] and row [K] of each column

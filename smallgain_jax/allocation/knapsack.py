@@ -27,7 +27,6 @@ from smallgain_jax.allocation.problem import (
     Knapsack,
     dearest,
     in_shares,
-    merge_rows,
     pose,
     scatter,
 )
@@ -149,13 +148,13 @@ class _Given(NamedTuple):
 
 def _allocated(given: _Given, policy: str, rounds: int | None, bins: int | None) -> Allocation:
     value, cost, rows, lower, upper, row_budget, everything = given
-    cost = merge_rows(cost, rows)
     # a decision, not a function to differentiate: sorting and sweeping have no useful slope
-    posed = jax.lax.stop_gradient(pose(value, cost, rows, lower, upper, row_budget, everything))
+    merged = pose(value, cost, rows, lower, upper, row_budget, everything)
+    posed = jax.lax.stop_gradient(merged)
     weights = jnp.clip(posed.lower + _raises(posed, policy, rounds, bins), posed.lower, upper)
     raised = weights - lower
     spent_rows = scatter(cost * raised[:, None], rows, row_budget.shape[0])
-    return Allocation(weights, spent_rows, jnp.sum(dearest(cost) * raised))
+    return Allocation(weights, spent_rows, jnp.sum(dearest(merged.cost) * raised))
 
 
 _compiled = quick_jit(_allocated, static_argnums=(1, 2, 3))
@@ -208,15 +207,18 @@ def _check(given: _Given) -> None:
         raise ValueError(f"global_budget must be a scalar, got shape {global_budget.shape}")
     check_finite("lower", lower)
     check_finite("upper", upper)
-    if is_concrete((lower, upper)) and not bool(jnp.all(lower <= upper)):
-        k = int(jnp.argmin(lower <= upper))
-        raise ValueError(f"lower[{k}] = {lower[k]} exceeds upper[{k}] = {upper[k]}")
-    if is_concrete(cost) and not bool(jnp.all((cost >= 0) & jnp.isfinite(cost))):
-        raise ValueError("cost must be finite and non-negative")
+    # on the host: inside jit, an operation on known arrays gives an unknown one
+    if is_concrete((lower, upper)):
+        low, high = np.asarray(lower), np.asarray(upper)
+        crossed = np.flatnonzero(low > high)
+        if crossed.size:
+            k = int(crossed[0])
+            raise ValueError(f"lower[{k}] = {low[k]} exceeds upper[{k}] = {high[k]}")
+    check_finite("cost", cost, low=0.0)
     for budget in (row_budget, global_budget):
-        if budget is not None and is_concrete(budget) and bool(jnp.any(jnp.isnan(budget))):
+        if budget is not None and is_concrete(budget) and np.isnan(np.asarray(budget)).any():
             raise ValueError("row_budget and global_budget must not be NaN")
     if is_concrete(rows) and rows.size:
-        low, high = int(jnp.min(rows)), int(jnp.max(rows))
-        if low < 0 or high >= row_budget.shape[0]:
-            raise ValueError(f"rows must lie in 0..{row_budget.shape[0] - 1}, got {low}..{high}")
+        first, last = int(np.min(np.asarray(rows))), int(np.max(np.asarray(rows)))
+        if first < 0 or last >= row_budget.shape[0]:
+            raise ValueError(f"rows must lie in 0..{row_budget.shape[0] - 1}, got {first}..{last}")

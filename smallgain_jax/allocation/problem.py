@@ -14,6 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._tree import FEW_COLUMNS, fold_columns
+
 
 class Knapsack(NamedTuple):
     """The problem as posed. K terms that touch m rows each, R rows."""
@@ -40,7 +42,7 @@ class Shares(NamedTuple):
 
     def charge(self, prices: jax.Array) -> jax.Array:
         """What a full raise of each term costs at `prices` [R], [K]."""
-        return jnp.sum(self.load * prices[self.rows], axis=1)
+        return fold_columns(jnp.add, self.load * prices[self.rows])
 
 
 def pose(
@@ -63,7 +65,8 @@ def pose(
         budget = jnp.append(budget, jnp.maximum(everything, 0))
     value = jnp.where((value > 0) & jnp.isfinite(value), value, 0)
     room = jnp.minimum(upper - lower, jnp.finfo(lower.dtype).max)
-    room = jnp.minimum(room, jnp.min(reach(cost, rows, budget), axis=1, initial=jnp.inf))
+    alone = fold_columns(jnp.minimum, reach(cost, rows, budget), jnp.inf)
+    room = jnp.minimum(room, alone)
     return Knapsack(value, cost, rows, lower, jnp.where(value > 0, room, 0), budget)
 
 
@@ -87,6 +90,9 @@ def merge_rows(cost: jax.Array, rows: jax.Array) -> jax.Array:
     width = cost.shape[1]
     if width < 2:
         return cost
+    if width == 2:  # as edges do: in one pass
+        again = rows[:, :1] == rows[:, 1:]
+        return jnp.where(again, (cost + cost[:, ::-1]) * jnp.array([[1, 0]], cost.dtype), cost)
     first = jnp.argmax(rows[:, :, None] == rows[:, None, :], axis=2)
     here = first[:, None, :] == jnp.arange(width)[None, :, None]
     return jnp.sum(jnp.where(here, cost[:, None, :], 0), axis=2)
@@ -94,12 +100,17 @@ def merge_rows(cost: jax.Array, rows: jax.Array) -> jax.Array:
 
 def scatter(pairs: jax.Array, rows: jax.Array, num_rows: int) -> jax.Array:
     """Sum of `pairs` [K, m] by row, [R]."""
-    return jnp.zeros(num_rows, pairs.dtype).at[rows].add(pairs)
+    total = jnp.zeros(num_rows, pairs.dtype)
+    if pairs.shape[1] > FEW_COLUMNS:
+        return total.at[rows].add(pairs)
+    for q in range(pairs.shape[1]):
+        total = total.at[rows[:, q]].add(pairs[:, q])
+    return total
 
 
 def dearest(cost: jax.Array) -> jax.Array:
     """Cost of each term on its dearest row, [K]."""
-    return jnp.max(cost, axis=1, initial=0.0)
+    return fold_columns(jnp.maximum, cost)
 
 
 def _unit(x: jax.Array) -> jax.Array:

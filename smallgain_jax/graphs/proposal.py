@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from smallgain_jax._tree import vdot
+from smallgain_jax._tree import fold_columns, vdot
 from smallgain_jax.graphs.graph import EnergyGraph
-from smallgain_jax.graphs.weights import Snapshot, scaled
+from smallgain_jax.graphs.weights import Snapshot, rows_at, scaled
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.guard import cosine, directional_curvature, guard_scale, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
@@ -36,6 +36,18 @@ class Settings(NamedTuple):
     guard: str | None = None
     min_cosine: ArrayLike = 1e-3
     max_backtracks: int = 20
+
+
+class Mixture(NamedTuple):
+    """The objective under some weights, to first and second order: affine in the weights."""
+
+    weights: jax.Array  # [K]
+    gradient: jax.Array  # [n] of F(x; w)
+    rows: jax.Array  # [n] R(w)
+
+    def towards(self, other: "Mixture", part: ArrayLike) -> "Mixture":
+        """That under the weights a `part` of the way to the other's."""
+        return Mixture(*(a + part * (b - a) for a, b in zip(self, other, strict=True)))
 
 
 class Place(eqx.Module):
@@ -60,28 +72,30 @@ class Place(eqx.Module):
         """The declared objective at the parameters."""
         return self.value if self.reference else self.adapted_energy(weights)
 
-    def gradient(self, weights: jax.Array) -> jax.Array:
-        """Of F(x; w), on the nodes that the box lets move."""
+    @property
+    def plain(self) -> Mixture:
+        """The objective as the user wrote it: w = 1."""
+        snapshot = self.snapshot
+        ones = jnp.ones_like(snapshot.term_energies)
+        return Mixture(ones, snapshot.gradient, snapshot.curvature.row_sums)
+
+    def mixed(self, weights: jax.Array) -> Mixture:
+        """The objective under any weights: two passes over the edges."""
         extra = self.graph.scatter(scaled(weights - 1, self.snapshot.term_gradients))
-        gradient = self.snapshot.gradient + extra
-        return jnp.where(self.box.blocks(self.snapshot.x, -gradient), 0, gradient)
+        return Mixture(weights, self.snapshot.gradient + extra, self.rows(weights))
 
     def rows(self, weights: jax.Array) -> jax.Array:
         """R(w)."""
-        curvature = self.snapshot.curvature
-        return curvature.local_rows + self.graph.scatter(scaled(weights, curvature.edge_cost))
+        return rows_at(self.graph, self.snapshot.curvature, weights)
 
-    def declared(self, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Gradient and rows of the declared objective."""
-        if self.reference:
-            return self.snapshot.gradient, self.snapshot.curvature.row_sums
-        return self.gradient(weights), self.rows(weights)
+    def free(self, gradient: jax.Array) -> jax.Array:
+        """A gradient on the nodes that the box lets move, 0 on the others."""
+        return jnp.where(self.box.blocks(self.snapshot.x, -gradient), 0, gradient)
 
     @property
     def dearest(self) -> jax.Array:
         """Cost of each term at unit weight on its dearest row, [K]."""
-        cost = self.snapshot.curvature.edge_cost
-        return jnp.max(cost, axis=tuple(range(1, cost.ndim)), initial=0.0)
+        return fold_columns(jnp.maximum, self.snapshot.curvature.edge_cost)
 
     @property
     def finite(self) -> jax.Array:
@@ -140,29 +154,32 @@ def propose(
     here: Place,
     settings: Settings,
     base: optax.GradientTransformationExtraArgs,
-    weights: jax.Array,
+    mixture: Mixture,
     dtype: Any,
     base_state: Any,
     params: jax.Array,
     extra_args: dict[str, Any],
 ) -> Proposal:
-    x = here.snapshot.x
-    gained = here.gradient(weights)
+    snapshot = here.snapshot
+    x = snapshot.x
+    free = here.free(mixture.gradient)
+    gained = free
     if settings.row_gains:
-        rows = here.rows(weights)
         # rows without curvature have no limit of their own; Armijo settles them
-        rows = jnp.maximum(rows, 1e-6 * jnp.max(rows, initial=0.0))
+        rows = jnp.maximum(mixture.rows, 1e-6 * jnp.max(mixture.rows, initial=0.0))
         # the quotient first: gradient times target leaves float32 in small units of the energy
-        gained = gained * (here.snapshot.target / jnp.where(rows > 0, rows, here.snapshot.target))
+        gained = gained * (snapshot.target / jnp.where(rows > 0, rows, snapshot.target))
     gained = jnp.where(here.finite, gained, 0).astype(dtype)
     move, base_state = base.update(gained, base_state, params, **extra_args)
     move = here.box.project(x + move.astype(x.dtype)) - x
-    gradient, declared_rows = here.declared(weights)
+    gradient, rows = free, mixture.rows
+    if here.reference:
+        gradient, rows = snapshot.gradient, snapshot.curvature.row_sums
     factor = jnp.ones((), x.dtype)
     if settings.guard is not None:
-        bend = vdot(declared_rows * move, move)
+        bend = vdot(rows * move, move)
         if settings.guard == "measured":
-            measured = directional_curvature(partial(here.energy, weights), x, move)
+            measured = directional_curvature(partial(here.energy, mixture.weights), x, move)
             # negative or vanishing curvature promises nothing: fall back on the bound
             bend = trusted_curvature(measured, bend)
         factor = guard_scale(gradient, move, bend, settings.target)
@@ -170,7 +187,7 @@ def propose(
     return Proposal(
         move=move,
         base_state=base_state,
-        reached=here.energy(weights, x + move),
+        reached=here.energy(mixture.weights, x + move),
         slope=vdot(gradient, move),
         cosine=cosine(move, -gradient),
         guard=factor,

@@ -24,8 +24,9 @@ from smallgain_jax._compiling import at_once
 from smallgain_jax._show import shows
 from smallgain_jax._tree import select, vdot
 from smallgain_jax.graphs.graph import EnergyGraph, alike, is_ours
-from smallgain_jax.graphs.proposal import Place, Proposal, Settings, look, propose
-from smallgain_jax.graphs.weights import Move, Rule, scaled, term_norms, unspent
+from smallgain_jax.graphs.proposal import Mixture, Place, Proposal, Settings, look, propose
+from smallgain_jax.graphs.weights import Move, Rule, term_norms, unspent
+from smallgain_jax.limits.closed_forms import row_budgets
 from smallgain_jax.limits.probe import measured_limit
 from smallgain_jax.search.armijo import Search, Trial, armijo
 
@@ -118,18 +119,18 @@ def reweighted(
         here = look(used, settings, updates, state.count, state.weights.dtype, params, bounds)
         decided = _decide(here, rule, state)
 
-        def proposed(w: jax.Array) -> Proposal:
+        def proposed(under: Mixture) -> Proposal:
             given = (state.base_state, params, extra_args)
-            return propose(here, settings, base, w, updates.dtype, *given)
+            return propose(here, settings, base, under, updates.dtype, *given)
 
-        chosen, lost = proposed(decided.weights), jnp.zeros((), bool)
+        chosen, lost = proposed(decided.mixture), jnp.zeros((), bool)
         if here.reference:
             # spending must pay: the reweighted step has to beat the one the user's weights give
-            plain = proposed(jnp.ones_like(decided.weights))
+            plain = proposed(here.plain)
             lost = ~(chosen.reached <= plain.reached)
             chosen = select(lost, plain, chosen)
 
-        search = _search(here, decided.weights, chosen, settings)
+        search = _search(here, decided.mixture.weights, chosen, settings)
         accepted = search.accepted & (chosen.cosine >= settings.min_cosine) & here.finite
         move = jnp.where(accepted, search.step * chosen.move, 0)
         new_state = _kept(here, settings, decided, chosen, search, accepted, lost, state)
@@ -219,19 +220,21 @@ class _Decision(NamedTuple):
 
     held: jax.Array  # [K] weights before
     move: Move
-    anchor: jax.Array  # [K] where weights shrink to
-    weights: jax.Array  # [K]
+    lower_rows: jax.Array  # [n] R at the move's lower weights
+    anchor: Mixture  # where weights shrink to
+    mixture: Mixture  # in force
 
 
 def _decide(here: Place, rule: Rule, state: SmallGainState) -> _Decision:
     held, scores = _roll_back(here, state)
     # a decision, not a function to differentiate: sorting and shrinking have no useful slope
     move = jax.lax.stop_gradient(rule(here.graph, here.snapshot, held, scores))
-    move = select(here.finite, move, unspent(here.graph, here.snapshot, held, scores))
+    move = select(here.finite, move, unspent(held, scores))
+    lower_rows, moved = here.rows(move.lower), here.mixed(move.weights)
     if not here.reference:
-        return _Decision(held, move, held, move.weights)
-    anchor = _anchor(here, move)
-    return _Decision(held, move, anchor, _shrink_to_angle(here, anchor, move.weights))
+        return _Decision(held, move, lower_rows, moved, moved)
+    anchor = _anchor(here, move, lower_rows)
+    return _Decision(held, move, lower_rows, anchor, _shrink_to_angle(here, anchor, moved))
 
 
 def _kept(
@@ -245,20 +248,19 @@ def _kept(
     state: SmallGainState,
 ) -> SmallGainState:
     """The state after the step; where something was not finite, as it was but for two marks."""
-    weights = decided.weights
+    kept = decided.mixture
     if here.reference:
         # weights that failed to pay go halfway back to the reference
-        halfway = decided.anchor + (weights - decided.anchor) / 2
-        weights = jnp.where(accepted & ~lost, weights, halfway)
-    now = here.declared_energy(decided.weights)
+        kept = select(accepted & ~lost, kept, decided.anchor.towards(kept, 0.5))
+    now = here.declared_energy(decided.mixture.weights)
     moved = SmallGainState(
         count=optax.safe_increment(state.count),
-        weights=weights,
+        weights=kept.weights,
         previous_weights=decided.held,
         scores=decided.move.scores,
         last_value=jnp.where(accepted, search.trial.value, now),
         base_state=chosen.base_state,
-        info=_report(here, settings, decided, weights, chosen, search, accepted, state.info),
+        info=_report(here, settings, decided, kept, chosen, search, accepted, state.info),
     )
     marks = state.info._replace(
         accepted=jnp.zeros((), bool), skipped=optax.safe_increment(state.info.skipped)
@@ -266,24 +268,24 @@ def _kept(
     return select(here.finite, cast_like(moved, state), state._replace(info=marks))
 
 
-def _anchor(here: Place, decided: Move) -> jax.Array:
+def _anchor(here: Place, move: Move, lower_rows: jax.Array) -> Mixture:
     """The weights nearest to 1, on the way up to it, that keep the budgets.
 
     They start from the lower weights, or 1 where those are above it, and climb together.
     """
-    low = jnp.minimum(decided.lower, 1)
-    at_low = here.rows(low)
-    climb, free = here.snapshot.curvature.row_sums - at_low, decided.most_rows - at_low
+    low, plain = here.mixed(jnp.minimum(move.lower, 1)), here.plain
+    most = lower_rows + row_budgets(here.snapshot.target, lower_rows, move.part)
+    climb, free = plain.rows - low.rows, most - low.rows
     short = climb > jnp.maximum(free, 0)
     part = jnp.where(short, jnp.maximum(free, 0) / jnp.where(short, climb, 1), 1)
     fraction = jnp.min(part, initial=1.0)
-    everything = vdot(here.dearest, 1 - low)
-    short = everything > decided.most_global
-    limited = jnp.where(short, decided.most_global, 1) / jnp.where(short, everything, 1)
-    return low + jnp.minimum(fraction, limited) * (1 - low)
+    everything = vdot(here.dearest, plain.weights - low.weights)
+    short = everything > move.most_global
+    limited = jnp.where(short, move.most_global, 1) / jnp.where(short, everything, 1)
+    return low.towards(plain, jnp.minimum(fraction, limited))
 
 
-def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.Array:
+def _shrink_to_angle(here: Place, anchor: Mixture, moved: Mixture) -> Mixture:
     """The first of w, a + (w - a)/2, a + (w - a)/4, ..., a whose gradient agrees with that at 1.
 
     a is the anchor. The angle is taken in D's metric, in which the row gains will step. Where not
@@ -294,19 +296,15 @@ def _shrink_to_angle(here: Place, anchor: jax.Array, weights: jax.Array) -> jax.
     # in the unit of the largest entry, since fourth powers follow
     largest = jnp.max(jnp.abs(here.snapshot.gradient / root), initial=0.0)
     root = root * jnp.where(largest > 0, largest, 1)
-
-    def of(change: jax.Array) -> jax.Array:
-        return here.graph.scatter(scaled(change, here.snapshot.term_gradients)) / root
-
-    plain = here.snapshot.gradient / root
-    start, change = plain + of(anchor - 1), of(weights - anchor)
-    fractions = jnp.append(0.5 ** jnp.arange(8, dtype=weights.dtype), 0)
+    plain, start = here.snapshot.gradient / root, anchor.gradient / root
+    change = (moved.gradient - anchor.gradient) / root
+    fractions = jnp.append(0.5 ** jnp.arange(8, dtype=root.dtype), 0)
     # |s + f c| and <s + f c, p> are polynomials in f: a few inner products serve all fractions
     pp, sp, cp = (vdot(plain, other) for other in (plain, start, change))
     ss, sc, cc = vdot(start, start), vdot(start, change), vdot(change, change)
     norms = jnp.sqrt(jnp.maximum(pp * (ss + 2 * fractions * sc + fractions**2 * cc), 0))
     agrees = (sp + fractions * cp >= AGREEMENT * norms).at[-1].set(True)
-    return anchor + fractions[jnp.argmax(agrees)] * (weights - anchor)
+    return anchor.towards(moved, fractions[jnp.argmax(agrees)])
 
 
 def _search(here: Place, weights: jax.Array, chosen: Proposal, settings: Settings) -> Search:
@@ -324,7 +322,7 @@ def _report(
     here: Place,
     settings: Settings,
     decided: _Decision,
-    kept: jax.Array,
+    kept: Mixture,
     chosen: Proposal,
     search: Search,
     accepted: jax.Array,
@@ -332,15 +330,15 @@ def _report(
 ) -> SmallGainInfo:
     """What happened, in terms of the weights that are now in force."""
     margin = here.snapshot.target - here.rows(decided.held)
-    raised = jnp.maximum(kept - decided.move.lower, 0)
+    raised = jnp.maximum(kept.weights - decided.move.lower, 0)
     return SmallGainInfo(
         energy_reference=here.value,
-        energy_adapted=here.adapted_energy(kept),
+        energy_adapted=here.adapted_energy(kept.weights),
         lipschitz=here.snapshot.curvature.lipschitz,
         limit=here.snapshot.limit,
         margin_rows=margin,
         margin_global=jnp.min(margin, initial=jnp.finfo(margin.dtype).max),
-        spent_rows=jnp.maximum(here.rows(kept) - decided.move.lower_rows, 0),
+        spent_rows=jnp.maximum(kept.rows - decided.lower_rows, 0),
         spent_global=vdot(here.dearest, raised),
         cost=here.dearest,
         gradient_norms=term_norms(here.snapshot.term_gradients),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from smallgain_jax._tree import unit_of
+from smallgain_jax._tree import fold_columns, unit_of
 from smallgain_jax.allocation.knapsack import allocate
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.limits.closed_forms import row_budgets
@@ -40,8 +40,7 @@ class Move(NamedTuple):
     weights: jax.Array  # [K]
     scores: jax.Array  # [K]
     lower: jax.Array  # [K] the weights that budgets are spent from
-    lower_rows: jax.Array  # [n] R at those
-    most_rows: jax.Array  # [n] the most that R may be
+    part: jax.Array  # [] of each row's margin there, what may be spent
     most_global: jax.Array  # [] the most that terms may spend in all
 
 
@@ -73,7 +72,7 @@ def allocation_rule(
         graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array
     ) -> Move:
         rows, cost = _rows_and_cost(graph, snapshot)
-        price = jnp.sum(cost, axis=1)
+        price = fold_columns(jnp.add, cost)
         # linear terms cost nothing; a floor keeps their scores finite
         price = jnp.maximum(price, 1e-6 * jnp.max(price, initial=0.0))
         # in units of the bound on the curvature, as the worth: squares leave float32 otherwise
@@ -83,7 +82,7 @@ def allocation_rule(
         scores = jnp.where(known, fresh * worth / price + (1 - fresh) * scores, scores)
         lower = jnp.maximum(floor, (1 - max_step_change) * weights)
         upper = jnp.maximum(jnp.minimum(ceiling, (1 + max_step_change) * weights), lower)
-        at_lower = snapshot.curvature.local_rows.reshape(-1).at[rows].add(lower[:, None] * cost)
+        at_lower = rows_at(graph, snapshot.curvature, lower).reshape(-1)
         budgets = row_budgets(snapshot.target, at_lower, budget_fraction)
         spend = allocate(
             scores * price,
@@ -96,15 +95,9 @@ def allocation_rule(
             policy=policy,
             rounds=rounds,
         )
-        shape, most = snapshot.x.shape, jnp.asarray(global_budget, lower.dtype)
-        return Move(
-            spend.weights,
-            scores,
-            lower,
-            at_lower.reshape(shape),
-            (at_lower + budgets).reshape(shape),
-            jnp.clip(most, 0, jnp.finfo(most.dtype).max),
-        )
+        most = jnp.clip(jnp.asarray(global_budget, lower.dtype), 0, jnp.finfo(lower.dtype).max)
+        part = jnp.asarray(budget_fraction, lower.dtype)
+        return Move(spend.weights, scores, lower, part, most)
 
     return allocated if every == 1 else _now_and_then(allocated, every)
 
@@ -118,7 +111,7 @@ def _now_and_then(rule: Rule, every: int) -> Rule:
         moved: Move = jax.lax.cond(
             snapshot.count % every == 0,
             lambda: rule(graph, snapshot, weights, scores),
-            lambda: unspent(graph, snapshot, weights, scores),
+            lambda: unspent(weights, scores),
         )
         return moved
 
@@ -142,7 +135,7 @@ def gradnorm_rule(
         aim = target_norm * jnp.mean(norms) * lag**alpha
         ratio = jnp.where(norms > 0, aim / jnp.where(norms > 0, norms, 1), 1)
         moved = jnp.clip(weights * (1 + update_rate * (ratio - 1)), floor, ceiling)
-        return unspent(graph, snapshot, moved, ratio)
+        return unspent(moved, ratio)
 
     return rule
 
@@ -151,15 +144,18 @@ def cap_rule(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores:
     """One common weight min(1, T / L)."""
     lipschitz = snapshot.curvature.lipschitz
     scale = jnp.minimum(1, snapshot.target / jnp.where(lipschitz > 0, lipschitz, 1))
-    return unspent(graph, snapshot, jnp.full_like(weights, scale), scores)
+    return unspent(jnp.full_like(weights, scale), scores)
 
 
-def unspent(graph: EnergyGraph, snapshot: Snapshot, weights: jax.Array, scores: jax.Array) -> Move:
-    """A move that spends nothing; rows may be what they are, or their target."""
-    curvature = snapshot.curvature
-    rows = curvature.local_rows + graph.scatter(scaled(weights, curvature.edge_cost))
+def unspent(weights: jax.Array, scores: jax.Array) -> Move:
+    """A move that spends nothing of all the margin."""
     most = jnp.asarray(jnp.finfo(weights.dtype).max, weights.dtype)
-    return Move(weights, scores, weights, rows, jnp.maximum(rows, snapshot.target), most)
+    return Move(weights, scores, weights, jnp.ones((), weights.dtype), most)
+
+
+def rows_at(graph: EnergyGraph, curvature: Curvature, weights: jax.Array) -> jax.Array:
+    """R(w), shaped like x."""
+    return curvature.local_rows + graph.scatter(scaled(weights, curvature.edge_cost))
 
 
 def scaled(values: jax.Array, pairs: jax.Array) -> jax.Array:
@@ -175,7 +171,7 @@ def term_norms(term_gradients: jax.Array) -> jax.Array:
 
 def _over_ends(values: jax.Array) -> jax.Array:
     """Sum over all axes [K, 2, ...] but the first."""
-    return jnp.sum(values, axis=tuple(range(1, values.ndim)))
+    return fold_columns(jnp.add, values)
 
 
 def _unit(snapshot: Snapshot) -> jax.Array:

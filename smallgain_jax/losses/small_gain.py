@@ -1,7 +1,7 @@
 """`small_gain` around the losses of a model: observe, price, decide, mix, guard."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ def loss_small_gain(
     limit: Limit = None,
     target: ArrayLike = 0.9,
     metric: Callable[[Any, Any], Any] | None = None,
-    priorities: Sequence[float] | None = None,
+    priorities: Sequence[float] | Mapping[str, float] | None = None,
     floor: ArrayLike = 1e-4,
     ceiling: ArrayLike = 1e4,
     ema: ArrayLike = 0.1,
@@ -150,7 +150,8 @@ def loss_small_gain(
       target: c in (0, 1), the fraction of the limit that a rewind and `row_gains` aim at.
       metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
         `params`, positive.
-      priorities: p_k, float [K], positive, traced or not; None for ones ("fair").
+      priorities: p_k, float [K] in the order of the losses, or a dict by their names, ones for
+        those it leaves out; positive, traced or not; None for ones ("fair").
       floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
@@ -330,10 +331,12 @@ def _compute(
     **extra_args: Any,
 ) -> tuple[Any, TrainingState]:
     """An update: observe, price and decide, judge, mix, step, settle."""
-    losses, settings = wiring.losses, wiring.settings
+    losses = wiring.losses
     batch = Batch.of(term_args)
     at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
     given = _checked(updates, params, state, Given(term_grads, term_values, weighted))
+    settings = wiring.settings.ordered(state.info.names)
+    wiring = wiring._replace(settings=settings)
     blind = _is_blind(wiring, params, at)
 
     seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, state.weights)
@@ -416,9 +419,7 @@ def _initial(wiring: _Wiring, params: Any) -> TrainingState:
         check_params(params)
     check_real(params)
     names = (losses.names or ()) if blind else losses.names_at(params)
-    priorities = settings.priorities
-    if priorities is not None and len(priorities) != len(names):
-        raise ValueError(f"priorities has {len(priorities)} entries for {len(names)} losses")
+    settings = settings.ordered(names)
     if not wiring.aggregates:
         _warn_of_no_limit(settings, wiring.probe(params))
     dtype = float_dtype(*(jnp.zeros((), jnp.result_type(x)) for x in jax.tree.leaves(params)))
@@ -901,8 +902,9 @@ def _check(settings: Settings) -> None:
     for name in ("priorities", "anneal"):
         if getattr(settings, name) is not None and not settings.reweights:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
-    for k, priority in enumerate(() if settings.priorities is None else settings.priorities):
-        check_positive(f"priorities[{k}]", priority)
+    given = () if settings.priorities is None else settings.priorities
+    for k, priority in given.items() if isinstance(given, Mapping) else enumerate(given):
+        check_positive(f"priorities[{k!r}]", priority)
     check_positive("max_gain", settings.max_gain)
     check_bounds("floor", settings.floor, "ceiling", settings.ceiling)
     check_target(settings.target)

@@ -1,6 +1,6 @@
 """What `small_gain` on losses is told, remembers, and reports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     policy: str
     value: str
     every: int
-    priorities: Sequence[float] | None
+    priorities: Sequence[float] | Mapping[str, float] | None
     budget_fraction: ArrayLike
     max_step_change: ArrayLike
     floor: ArrayLike
@@ -56,6 +56,23 @@ class Settings(NamedTuple):
     def unitless(self) -> bool:
         """Whether a constant factor of a loss must not change a run."""
         return self.policy == "fair"
+
+    def ordered(self, names: Sequence[str]) -> "Settings":
+        """With priorities in the order of the losses, where there are any."""
+        given = self.priorities
+        if given is None:
+            return self
+        if isinstance(given, Mapping):
+            unknown = [name for name in given if name not in names]
+            if unknown:
+                raise ValueError(
+                    f"priorities names {', '.join(map(repr, unknown))}: the losses are "
+                    f"{', '.join(map(repr, names))}"
+                )
+            return self._replace(priorities=tuple(given.get(name, 1.0) for name in names))
+        if len(given) != len(names):
+            raise ValueError(f"priorities has {len(given)} entries for {len(names)} losses")
+        return self
 
     def parts(self, num_terms: int, dtype: Any) -> jax.Array:
         """What part [K] of the total cost each loss is to have."""
