@@ -5,6 +5,7 @@ constant of the gradient field stays below two. The throttle watches that consta
 and multiplies the update by $0 < \alpha \le 1$: the direction is the base optimizer's, always.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from smallgain_jax._checks import (
 )
 from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
+from smallgain_jax.limits.probe import probe_optimizer
 
 STATIC = ("order", "curvature", "loss", "same_batch", "power_steps")
 """Arguments of `throttle` that shape the program: `static_args` of `inject_hyperparams`."""
@@ -166,6 +168,8 @@ def throttle(
         shape.
       TypeError: `update` with the state of another transformation.
 
+    Warns, at `init`: a rate given where updates are no multiple of gradients (Adam, signs).
+
     >>> optimizer = throttle(optax.sgd(100.0), 100.0)  # a hundred times the limit 2/L = 1
     >>> x = jnp.array([1.0, -2.0])
     >>> state = optimizer.init(x)
@@ -198,6 +202,12 @@ def throttle(
     base = optax.with_extra_args_support(base_optimizer)
 
     def init(params: Any) -> ThrottleState:
+        if learning_rate is not None and not probe_optimizer(base_optimizer, params).proportional:
+            warnings.warn(
+                "learning_rate is given, but the base optimizer's update is no rate times the "
+                "gradient (second moments, signs): say learning_rate=None, which measures it",
+                stacklevel=2,
+            )
         return _initial_state(params, base.init(params), settings)
 
     return optax.GradientTransformationExtraArgs(init, partial(_throttled, base, settings))

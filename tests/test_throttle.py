@@ -1,3 +1,4 @@
+import warnings
 from functools import partial
 
 import jax
@@ -362,7 +363,7 @@ def test_hold_lasts_until_the_gradient_grows():
 
 def test_bad_input_leaves_the_state():
     params = trees()
-    optimizer = throttle(optax.adam(0.1), 0.1)
+    optimizer = throttle(optax.adam(0.1), None)
     update = jax.jit(optimizer.update)
     _, state = update(params, optimizer.init(params), params)
     bad_grads = jax.tree.map(lambda leaf: leaf.at[0].set(jnp.nan), params)
@@ -567,3 +568,18 @@ def test_no_nan_and_no_infinity_on_the_way(curvature):
             updates, state = update(2 * x, state, x)
             x = optax.apply_updates(x, updates)
     assert np.isfinite(x).all()
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("base", [optax.adam(0.1), optax.lion(0.1)], ids=["adam", "lion"])
+def test_a_rate_that_is_none_is_told(base):
+    with pytest.warns(UserWarning, match="learning_rate=None"):
+        throttle(base, 0.1).init(trees())
+
+
+@pytest.mark.once
+def test_a_rate_behind_a_clip_is_one():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        throttle(optax.chain(optax.clip(1.0), optax.sgd(0.1, 0.9)), 0.1).init(trees())
+        throttle(optax.adam(0.1), None).init(trees())

@@ -89,7 +89,7 @@ def graph_small_gain(
       guard: "measured" takes the curvature along u in place of the sum over rows, which admits
         longer steps (momentum needs them) and leaves the proof to step 5; "majorized" is the
         formula above; None leaves u as it is.
-      rounds: of `allocate`, static; None for its default.
+      rounds: of `allocate`, static; None for its default, with many terms for half its effort.
       smoothing: hinge pricing, as in `EnergyGraph.curvature`; None prices hinges as active, under
         which the guard is a guarantee wherever the bound holds along the step.
       scaling_iterations: power iterations that tighten the rows, static.

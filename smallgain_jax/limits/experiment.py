@@ -38,6 +38,8 @@ _TOLERANCE = 1e-2
 _BELOW = (1e-3, 0.03, 0.3, 0.97)
 _SLACK = 1e-4
 """Above 1, for eigenvalues of a matrix measured in single precision."""
+PROPORTIONAL = "proportional to the gradient"
+"""The first thing that is asked of an update."""
 _CLOCKS = ("ScheduleFreeState",)
 """States whose counter drives a schedule although memory lies beside it."""
 
@@ -360,7 +362,7 @@ def _judge_leaf(
     unlike = {
         "of the gradient alone": agree(trial["value"] - offset, plain),
         "the same at every age": agree(trial["age"] - offset, plain),
-        "proportional to the gradient": agree(trial["triple"] - offset, 3 * plain, 3 * size)
+        PROPORTIONAL: agree(trial["triple"] - offset, 3 * plain, 3 * size)
         and agree(there, plain, size + rounding)
         and agree(opposite, np.zeros_like(plain), np.maximum(size, decay)),
         "elementwise": agree(trial["mixed"] - offset, mixture * plain, 2 * size),

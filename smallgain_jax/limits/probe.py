@@ -40,6 +40,7 @@ from smallgain_jax.limits.copies import (
 )
 from smallgain_jax.limits.crossing import first_unstable
 from smallgain_jax.limits.experiment import (
+    PROPORTIONAL,
     Findings,
     Present,
     experiment,
@@ -235,6 +236,11 @@ class Probe:
     adaptive: bool
     why: str
     details: _Known | None = None
+
+    @property
+    def proportional(self) -> bool:
+        """Whether its update may be a rate times the gradient, as no sign and no Adam's is."""
+        return not self.adaptive and PROPORTIONAL not in self.why
 
     def present(self, base_state: Any) -> Present | None:
         """What `limit` and `inverse_root` both need, for a caller who asks for both."""

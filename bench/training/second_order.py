@@ -1,0 +1,182 @@
+"""Do weights of losses matter to second order? `python -m bench.training.second_order --out FILE`.
+
+The Helmholtz network in float64 on points that stay, by Gauss-Newton steps and by L-BFGS, from
+weights of 1, from the first weights of shares, and with the boundary's loss times 1000 or over it.
+A Gauss-Newton step solves $(J J^\\top + \\mu I) z = r$ for the weighted residuals r of N points
+and moves by $-J^\\top z$ (Levenberg 1944 and Marquardt 1963, in the space of residuals as in Guzman-
+Cordero et al., *Improving energy natural gradient descent through Woodbury, momentum and
+randomization*, 2025); mu shrinks after a step that lowered the weighted sum, and grows otherwise.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+from scipy.stats import qmc
+
+import smallgain_jax as sg
+from bench.run import about
+from bench.training import helmholtz
+from bench.training.network import tanh_network
+
+INSIDE, EACH_SIDE = 2048, 64
+BOUNDARY = {"1": 1.0, "times 1000": 1e3, "over 1000": 1e-3, "shares": None}
+"""Weight of the boundary's loss over that of the residual's."""
+
+
+class Solver(NamedTuple):
+    """A method: a state from parameters, a compiled step, parameters from a state."""
+
+    init: Callable[[Any], Any]
+    step: Callable[[Any], Any]
+    params: Callable[[Any], Any]
+
+
+def points() -> tuple[jax.Array, jax.Array]:
+    """Points of a Sobol sequence [2048, 2] inside, and evenly spaced ones [256, 2] on the sides."""
+    inside = 2 * qmc.Sobol(2, rng=0).random(INSIDE) - 1
+    place = (np.arange(EACH_SIDE) + 0.5) / EACH_SIDE * 2 - 1
+    sides = [
+        np.stack([np.full(EACH_SIDE, end), place][::turn], axis=1)
+        for end in (-1.0, 1.0)
+        for turn in (1, -1)
+    ]
+    return jnp.asarray(inside), jnp.asarray(np.concatenate(sides))
+
+
+def shares(params: Any) -> float:
+    """The boundary's weight over the residual's that equal shares of curvature give at the start."""
+    losses = helmholtz.problem().losses
+    optimizer = sg.small_gain(optax.sgd(1.0), losses, policy="fair", iterations=20)
+    gradient = jax.grad(lambda p: losses.values(p, *points()).sum())(params)
+    _, state = optimizer.update(gradient, optimizer.init(params), params, term_args=points())
+    residual, boundary = state.first_weights.tolist()
+    return boundary / residual
+
+
+def gauss_newton(boundary: float, start: Any) -> Solver:
+    """Gauss-Newton steps on the weighted sum of squares."""
+    _, unravel = ravel_pytree(start)
+    inside, outside = points()
+
+    def inner(flat: jax.Array, x: jax.Array) -> jax.Array:
+        return helmholtz.residual(unravel(flat), x[None])[0] / jnp.sqrt(INSIDE)
+
+    def outer(flat: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.sqrt(boundary / outside.shape[0]) * tanh_network(unravel(flat), x)[0]
+
+    def residuals(flat: jax.Array) -> jax.Array:
+        rows = [jax.vmap(f, (None, 0))(flat, x) for f, x in ((inner, inside), (outer, outside))]
+        return jnp.concatenate(rows)
+
+    def jacobian(flat: jax.Array) -> jax.Array:
+        rows = [
+            jax.vmap(jax.grad(f), (None, 0))(flat, x)
+            for f, x in ((inner, inside), (outer, outside))
+        ]
+        return jnp.concatenate(rows)
+
+    @jax.jit
+    def step(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        flat, damping = state
+        r, matrix = residuals(flat), jacobian(flat)
+        gram = matrix @ matrix.T + damping * jnp.eye(r.size)
+        moved = flat - matrix.T @ jax.scipy.linalg.solve(gram, r, assume_a="pos")
+        better = jnp.sum(residuals(moved) ** 2) < jnp.sum(r**2)
+        return jnp.where(better, moved, flat), damping * jnp.where(better, 1 / 3, 4)
+
+    return Solver(
+        lambda params: (ravel_pytree(params)[0], jnp.asarray(1.0)), step, lambda s: unravel(s[0])
+    )
+
+
+def lbfgs(boundary: float, start: Any) -> Solver:
+    """`optax.lbfgs` with its line search, on the weighted sum."""
+    optimizer, args = optax.lbfgs(memory_size=50), points()
+
+    def total(params: Any) -> jax.Array:
+        found = helmholtz.losses_of(params, *args)
+        return found["residual"] + boundary * found["boundary"]
+
+    value_and_grad = optax.value_and_grad_from_state(total)
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        params, inner = state
+        value, grad = value_and_grad(params, state=inner)
+        updates, inner = optimizer.update(
+            grad, inner, params, value=value, grad=grad, value_fn=total
+        )
+        return optax.apply_updates(params, updates), inner
+
+    return Solver(lambda params: (params, optimizer.init(params)), step, lambda state: state[0])
+
+
+METHODS = {"gauss_newton": gauss_newton, "lbfgs": lbfgs}
+
+
+def run(method: str, weight: str, seed: int, seconds: float) -> dict[str, Any]:
+    """Errors by seconds, compilation apart, until the time is up."""
+    problem = helmholtz.problem()
+    start = problem.init(jnp.int32(seed))
+    boundary = BOUNDARY[weight]
+    boundary = shares(start) if boundary is None else boundary
+    solver, error = METHODS[method](boundary, start), jax.jit(problem.metrics)
+    state = solver.init(start)
+    jax.block_until_ready(solver.step(state))
+    history: list[tuple[int, float, float]] = []
+    spent, steps, due = 0.0, 0, 0.0
+    while spent < seconds:
+        before = time.perf_counter()
+        state = jax.block_until_ready(solver.step(state))
+        spent, steps = spent + time.perf_counter() - before, steps + 1
+        if spent >= due or spent >= seconds:
+            found = float(error(solver.params(state))["relative_l2"])
+            history.append((steps, round(spent, 1), found))
+            print(
+                f"{method} {weight} seed {seed}: step {steps}, {spent:.0f} s, {found:.3g}",
+                file=sys.stderr,
+                flush=True,
+            )
+            due += max(seconds / 40, 1e-9)
+    best = min(found for _, _, found in history)
+    return {
+        "method": method,
+        "boundary": weight,
+        "weight": boundary,
+        "seed": seed,
+        "steps": steps,
+        "relative_l2": history[-1][2],
+        "best": best,
+        "history": history,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--boundary", nargs="*", choices=BOUNDARY, default=list(BOUNDARY))
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=600.0, help="for each run")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args(argv)
+    jax.config.update("jax_enable_x64", True)
+    report: dict[str, Any] = {"about": about(), "seconds": options.seconds, "runs": []}
+    for seed in range(options.seeds):
+        for method in options.methods:
+            for weight in options.boundary:
+                report["runs"].append(run(method, weight, seed, options.seconds))
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
