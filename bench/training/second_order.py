@@ -3,7 +3,7 @@
 The Helmholtz network in float64 on points that stay, by Gauss-Newton steps and by L-BFGS, from
 weights of 1, from the first weights of shares, and with the boundary's loss times 1000 or over it.
 A Gauss-Newton step solves $(J J^\\top + \\mu I) z = r$ for the weighted residuals r of N points
-and moves by $-J^\\top z$ (Levenberg 1944 and Marquardt 1963, in the space of residuals as in Guzman-
+and moves by $-J^\\top z$ (Levenberg 1944, Marquardt 1963; in the space of residuals as in Guzman-
 Cordero et al., *Improving energy natural gradient descent through Woodbury, momentum and
 randomization*, 2025); mu shrinks after a step that lowered the weighted sum, and grows otherwise.
 """
@@ -28,7 +28,7 @@ from bench.run import about
 from bench.training import helmholtz
 from bench.training.network import tanh_network
 
-INSIDE, EACH_SIDE = 2048, 64
+INSIDE, EACH_SIDE = 1024, 32
 BOUNDARY = {"1": 1.0, "times 1000": 1e3, "over 1000": 1e-3, "shares": None}
 """Weight of the boundary's loss over that of the residual's."""
 
@@ -42,7 +42,7 @@ class Solver(NamedTuple):
 
 
 def points() -> tuple[jax.Array, jax.Array]:
-    """Points of a Sobol sequence [2048, 2] inside, and evenly spaced ones [256, 2] on the sides."""
+    """Points of a Sobol sequence [1024, 2] inside, and evenly spaced ones [128, 2] on the sides."""
     inside = 2 * qmc.Sobol(2, rng=0).random(INSIDE) - 1
     place = (np.arange(EACH_SIDE) + 0.5) / EACH_SIDE * 2 - 1
     sides = [
@@ -54,7 +54,7 @@ def points() -> tuple[jax.Array, jax.Array]:
 
 
 def shares(params: Any) -> float:
-    """The boundary's weight over the residual's that equal shares of curvature give at the start."""
+    """The boundary's weight over the residual's that equal shares of curvature start with."""
     losses = helmholtz.problem().losses
     optimizer = sg.small_gain(optax.sgd(1.0), losses, policy="fair", iterations=20)
     gradient = jax.grad(lambda p: losses.values(p, *points()).sum())(params)
