@@ -32,6 +32,8 @@ TIGHTNESS = (1.0, 0.2)
 """Budgets are this times a random part, one half on average, of what all terms together ask for."""
 SPREAD = ((24, 10, 2), (48, 16, 2), (48, 16, 3), (240, 60, 2))
 """Terms, rows, and rows that a term touches, of the problems that `--quality` asks about."""
+GREEDY, LINEAR = "numba greedy, numpy argsort", "linear program, HiGHS"
+"""The rivals."""
 PRICED, SOLVED = 100_000, 10_000
 """Sizes up to which prices and HiGHS are run at all."""
 
@@ -57,7 +59,26 @@ def main() -> None:
                 case = {"terms": terms, "tightness": tightness, "method": name}
                 report["curve"].append(case | row)
                 print(case | row, file=sys.stderr, flush=True)
+        report["rows"] = summary(report["curve"])
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def summary(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The default beside the greedy and the optimum, a row for each problem."""
+    found: dict[tuple[int, float], dict[str, dict[str, Any]]] = {}
+    for row in curve:
+        found.setdefault((row["terms"], row["tightness"]), {})[row["method"]] = row
+    return [
+        {
+            "terms": terms,
+            "budgets, of demand": tightness / 2,
+            "ms": 1e3 * by["default"]["wall_least_s"],
+            "ms, greedy in numba": 1e3 * by[GREEDY]["wall_least_s"],
+            "value over greedy's": by["default"][f"share_of {GREEDY}"],
+            "value over optimum": by["default"].get(f"share_of {LINEAR}"),
+        }
+        for (terms, tightness), by in found.items()
+    ]
 
 
 Problem = tuple[np.ndarray, ...]
@@ -149,7 +170,7 @@ def compare(host: Problem, repeats: int) -> dict[str, dict[str, float]]:
         return lambda: run(*data)
 
     methods: dict[str, Callable[[], Any]] = {
-        "numba greedy, numpy argsort": lambda: sequential(host),
+        GREEDY: lambda: sequential(host),
         "default": ours(),
         "classes, bins=16 rounds=2": ours(bins=16, rounds=2),
         "classes, bins=32 rounds=3": ours(bins=32, rounds=3),
@@ -157,7 +178,7 @@ def compare(host: Problem, repeats: int) -> dict[str, dict[str, float]]:
     if terms <= PRICED:
         methods["prices, bins=0"] = ours(bins=0)
     if terms <= SOLVED:
-        methods["linear program, HiGHS"] = lambda: optimal(host)
+        methods[LINEAR] = lambda: optimal(host)
     table: dict[str, dict[str, float]] = {}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in methods}
     for turn in range(1 + repeats):
@@ -170,7 +191,7 @@ def compare(host: Problem, repeats: int) -> dict[str, dict[str, float]]:
             else:
                 table[name] = {"first_s": spent[0]} | quality(host, np.asarray(weights, float))
     for name, row in table.items():
-        for rival in ("numba greedy, numpy argsort", "linear program, HiGHS"):
+        for rival in (GREEDY, LINEAR):
             if rival in table:
                 row[f"share_of {rival}"] = row["value"] / table[rival]["value"]
         for k, kind in enumerate(("wall", "processor")):
