@@ -33,8 +33,7 @@ from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import length_scale, optimality, projected_step
-
-Product = Callable[[jax.Array], jax.Array]
+from smallgain_jax.spectral.conjugate import Conjugate, Product, conjugate_gradients
 
 
 class Solution(eqx.Module):
@@ -154,15 +153,6 @@ def _preconditioner(solution: Solution, sides: _Sides) -> Product:
     return lambda r: jnp.where(sides.free, apply(jnp.where(sides.free, r, 0)), r / rows)
 
 
-class _Conjugate(NamedTuple):
-    solution: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    norm: jax.Array  # [] <r, M r>
-    steps: jax.Array  # [] int32
-    sound: jax.Array  # [] bool, curvature along the last direction was positive
-
-
 class Answer(NamedTuple):
     """What conjugate gradients found."""
 
@@ -173,37 +163,23 @@ class Answer(NamedTuple):
 
 
 def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.Array) -> Answer:
-    """Preconditioned conjugate gradients (Hestenes and Stiefel 1952).
+    """The solution of a system whose matrix is that of a minimum.
 
-    Steps until the residual, in the preconditioner's norm, is eps^(3/4) of the right side; what
-    is asked of the answer, by a residual computed afresh, is sqrt(eps).
+    Conjugate gradients until the residual, in the preconditioner's norm, is eps^(3/4) of the right
+    side; what is asked of the answer, by a residual computed afresh, is sqrt(eps).
     """
-    eps = jnp.finfo(right.dtype).eps
-    scaled = precondition(right)
-    norm = vdot(right, scaled)
-    limit = 10 * right.size + 100
+    eps, limit = jnp.finfo(right.dtype).eps, 10 * right.size + 100
+    norm = vdot(right, precondition(right))
 
-    def going(c: _Conjugate) -> jax.Array:
-        return c.sound & (c.norm > eps**1.5 * norm) & (c.steps < limit)
+    def going(c: Conjugate) -> jax.Array:
+        return (c.norm > eps**1.5 * norm) & (c.steps < limit)
 
-    def step(c: _Conjugate) -> _Conjugate:
-        image = product(c.direction)
-        bend = vdot(c.direction, image)
+    def curved(bend: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
         # below the rounding of its own terms a curvature is none
-        sound = bend > eps * vdot(c.direction, rows * c.direction)
-        length = jnp.where(sound, c.norm / jnp.where(sound, bend, 1), 0)
-        residual = c.residual - length * image
-        scaled = precondition(residual)
-        new = vdot(residual, scaled)
-        direction = scaled + (new / c.norm) * c.direction
-        return _Conjugate(
-            c.solution + length * c.direction, residual, direction, new, c.steps + 1, sound
-        )
+        sound = bend > eps * vdot(direction, rows * direction)
+        return jnp.where(sound, bend, 0), sound
 
-    begin = _Conjugate(
-        jnp.zeros_like(right), right, scaled, norm, jnp.zeros((), jnp.int32), jnp.ones((), bool)
-    )
-    end = jax.lax.while_loop(going, step, begin)
+    end = conjugate_gradients(product, right, precondition, going, curved)
     rest = right - product(end.solution)
     left = vdot(rest, precondition(rest))
     relative = jnp.sqrt(left / jnp.where(norm > 0, norm, 1))

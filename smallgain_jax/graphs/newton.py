@@ -30,6 +30,7 @@ from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.graphs.step import Here, prices_of, searched
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.stopping import projected_step
+from smallgain_jax.spectral.conjugate import Conjugate, conjugate_gradients
 
 LEAST_ANGLE = 1e-12
 """A Newton direction must keep this share of the priced step's slope: beyond it rounding rules."""
@@ -163,15 +164,6 @@ def _step(here: Here, state: NewtonState) -> tuple[jax.Array, NewtonState]:
     )
 
 
-class _Inner(NamedTuple):
-    solution: jax.Array
-    residual: jax.Array
-    direction: jax.Array
-    norm: jax.Array  # [] <r, D^-1 r>
-    products: jax.Array  # [] int32
-    convex: jax.Array  # [] bool
-
-
 def _newton(
     here: Here, priced: jax.Array, going: jax.Array, prices: jax.Array, precision: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -179,31 +171,19 @@ def _newton(
     product = jax.linearize(here.objective.gradient, here.x)[1]
     left = jnp.where(going, priced, 0)
     right = jnp.where(going, 0, -here.gradient - product(left))
-    start = right / prices
-    first = vdot(right, start)
-    limit = 2 * here.x.size + 10
+    first, limit = vdot(right, right / prices), 2 * here.x.size + 9
     eps = jnp.finfo(here.x.dtype).eps
 
-    def proceeding(c: _Inner) -> jax.Array:
-        return c.convex & (c.norm > precision**2 * first) & (c.products < limit)
+    def proceeding(c: Conjugate) -> jax.Array:
+        return (c.norm > precision**2 * first) & (c.steps < limit)
 
-    def step(c: _Inner) -> _Inner:
-        image = jnp.where(going, 0, product(c.direction))
-        bend = vdot(c.direction, image)
-        majorized = vdot(c.direction, prices * c.direction)
+    def curved(bend: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
+        majorized = vdot(direction, prices * direction)
         convex = bend > eps * majorized
         # where it bends down, as far as if it bent up; and not without end where it is straight
-        bend = jnp.where(convex, bend, jnp.maximum(jnp.abs(bend), STRAIGHT * majorized))
-        length = c.norm / jnp.where(bend > 0, bend, 1)
-        residual = c.residual - length * image
-        scaled = residual / prices
-        norm = vdot(residual, scaled)
-        direction = scaled + (norm / c.norm) * c.direction
-        return _Inner(
-            c.solution + length * c.direction, residual, direction, norm, c.products + 1, convex
-        )
+        return jnp.where(convex, bend, jnp.maximum(jnp.abs(bend), STRAIGHT * majorized)), convex
 
-    one = jnp.ones((), jnp.int32)
-    begin = _Inner(jnp.zeros_like(right), right, start, first, one, jnp.ones((), bool))
-    end = jax.lax.while_loop(proceeding, step, begin)
-    return end.solution + left, end.products
+    end = conjugate_gradients(
+        lambda v: jnp.where(going, 0, product(v)), right, lambda r: r / prices, proceeding, curved
+    )
+    return end.solution + left, end.steps + 1  # and that with `left`

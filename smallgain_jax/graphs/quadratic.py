@@ -15,11 +15,12 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
 from smallgain_jax._show import shows
-from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.multilevel import Hierarchy
+from smallgain_jax.spectral.conjugate import Conjugate
+from smallgain_jax.spectral.conjugate import conjugate_gradients as krylov
 
 
 @shows()
@@ -82,14 +83,6 @@ def conjugate_gradients(
     return _conjugate_gradients(graph, x0, metric, steps, tol)
 
 
-class _Carry(NamedTuple):
-    x: jax.Array
-    gradient: jax.Array
-    move: jax.Array
-    slope: jax.Array
-    steps: jax.Array
-
-
 @jax.jit
 def _conjugate_gradients(
     graph: EnergyGraph,
@@ -111,25 +104,17 @@ def _conjugate_gradients(
     gradient = graph.gradient(x0)
     wanted = tol * jnp.max(jnp.abs(gradient), initial=0.0)
 
-    def searching(carry: _Carry) -> jax.Array:
-        left = jnp.max(jnp.abs(carry.gradient), initial=0.0)
-        return (left > wanted) & (carry.slope > 0) & (carry.steps < steps)
+    def going(c: Conjugate) -> jax.Array:
+        left = jnp.max(jnp.abs(c.residual), initial=0.0)
+        return (left > wanted) & (c.norm > 0) & (c.steps < steps)
 
-    def step(carry: _Carry) -> _Carry:
-        bent = product(carry.move)
-        curvature = vdot(carry.move, bent)
+    def curved(bend: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         # a linear reward on a node that nothing bends has no minimum: stay
-        length = jnp.where(curvature > 0, carry.slope / jnp.where(curvature > 0, curvature, 1), 0)
-        x, gradient = carry.x - length * carry.move, carry.gradient - length * bent
-        z = precondition(gradient)
-        slope = jnp.where(curvature > 0, vdot(gradient, z), 0)
-        return _Carry(x, gradient, z + slope / carry.slope * carry.move, slope, carry.steps + 1)
+        return bend, bend > 0
 
-    z = precondition(gradient)
-    start = _Carry(x0, gradient, z, vdot(gradient, z), jnp.zeros((), jnp.int32))
-    end = jax.lax.while_loop(searching, step, start)
-    left = jnp.max(jnp.abs(end.gradient), initial=0.0)
-    return QuadraticResult(end.x, end.steps, left, left <= wanted)
+    end = krylov(product, -gradient, precondition, going, curved, start=x0)
+    left = jnp.max(jnp.abs(end.residual), initial=0.0)
+    return QuadraticResult(end.solution, end.steps, left, left <= wanted)
 
 
 __all__ = ["QuadraticResult", "conjugate_gradients", "is_quadratic"]
