@@ -118,7 +118,8 @@ TELEMETRY = {
     "margin:row:0": np.array([1.0, -1.0, 0.5]),
     "spent:row:0": np.array([0.0, 0.1, 0.2]),
     "alloc:coup:Quadratic": np.array([1.0, 1.1, 1.0]),
-    "share:Quadratic": np.ones(3),
+    "share:Quadratic": np.full(3, 0.25),
+    "share:GateBenefit": np.full(3, 0.75),
 }
 
 
@@ -130,6 +131,8 @@ def test_plot_command_draws_what_the_columns_allow(tmp_path, capsys):
         ["energy", "margin", "budget", "allocation-by-family", "margins-by-row", "shares"]
     )
     assert "written" in capsys.readouterr().out
+    one = {name: column for name, column in TELEMETRY.items() if name != "share:GateBenefit"}
+    assert "shares" not in report.figures_of(Table(one))
     few = {name: TELEMETRY[name] for name in ("step", "energy:reference")}
     figures = report.figures_of(Table(few))
     assert list(figures) == ["energy"]

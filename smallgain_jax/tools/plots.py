@@ -62,7 +62,7 @@ def energy(
     for name, values in curves.items():
         if values.ndim != 1 or values.size == 0:
             raise ValueError(f"results[{name!r}] has shape {values.shape}, expected [steps + 1]")
-    axes = _axes(ax, 6.4, 4.4)
+    axes = _axes(ax, 6.4, 4.4, "What is left of the descent")
     lowest = min(values.min() for values in curves.values()) if minimum is None else minimum
     styles = zip(cycle(OKABE_ITO), cycle(_LINES), cycle(_MARKERS), strict=False)
     for k, ((name, values), (color, line, marker)) in enumerate(
@@ -132,7 +132,7 @@ def metric(table: Table, name: str, smooth: int = 1, ax: "Axes | None" = None) -
         raise ValueError(f"smooth = {smooth} must be at least 1")
     known = ~np.isnan(table[name].astype(np.float64))
     step, values = table["step"][known], table[name][known].astype(np.float64)
-    axes = _axes(ax, 6.4, 3.6)
+    axes = _axes(ax, 6.4, 3.6, MEANING.get(name, ""))
     every = max(1, step.size // 10)
     style: dict[str, Any] = {"marker": "o", "markevery": every, "markersize": 4.5}
     if smooth > 1:
@@ -142,6 +142,16 @@ def metric(table: Table, name: str, smooth: int = 1, ax: "Axes | None" = None) -
     axes.plot(step, values, color=OKABE_ITO[0], **style)
     axes.locator_params(axis="x", integer=True)
     return _finish(axes, name, legend=smooth > 1)
+
+
+MEANING = {
+    "energy:reference": "Energy as it was given",
+    "energy:adapted": "Energy under the weights",
+    "margin:global": "Margin of the tightest row",
+    "spent:global": "Spent by all terms",
+    "contraction_margin": "Distance to the stability limit",
+}
+"""Titles of columns whose names do not say enough."""
 
 
 def _trailing_mean(values: np.ndarray, size: int) -> np.ndarray:
@@ -174,7 +184,7 @@ def margin(table: Table, ax: "Axes | None" = None) -> "Axes":
         if name not in table.columns:
             raise ValueError(f"table has no column {name!r}: only optimizers with weights have it")
     table = _measured(table, "margin:global")
-    axes = _axes(ax, 6.4, 3.6)
+    axes = _axes(ax, 6.4, 3.6, "Margin left, and spent")
     step, left, spent = (table[name] for name in ("step", "margin:global", "spent:global"))
     every = max(1, step.size // 10)
     lines: list[tuple[str, Any, dict[str, Any]]] = [
@@ -183,9 +193,11 @@ def margin(table: Table, ax: "Axes | None" = None) -> "Axes":
     ]
     for label, values, style in lines:
         axes.plot(step, values, label=label, markevery=every, markersize=4.5, **style)
-    axes.fill_between(
-        step, left, 0, where=left < 0, color=OKABE_ITO[4], alpha=0.3, label="over the target"
-    )
+    over = left < 0
+    if over.any():
+        axes.fill_between(
+            step, left, 0, where=over, color=OKABE_ITO[4], alpha=0.3, label="over the target"
+        )
     axes.axhline(0, color="0.35", linewidth=1)
     axes.set_xlabel("step (updates)")
     axes.set_ylabel("curvature (energy per unit of x squared)")
@@ -222,7 +234,7 @@ def budget(table: Table, budget_fraction: float = 0.7, ax: "Axes | None" = None)
     table = _measured(table, "margin:row:")
     left = np.maximum(_rows_of(table, "margin:row:"), 0).sum(axis=1)
     spent = _rows_of(table, "spent:row:").sum(axis=1)
-    axes = _axes(ax, 6.4, 3.6)
+    axes = _axes(ax, 6.4, 3.6, "What the rows may spend, and spend")
     step = table["step"]
     every = max(1, step.size // 10)
     lines: list[tuple[str, Any, dict[str, Any]]] = [
@@ -254,7 +266,7 @@ def allocation_by_family(table: Table, ax: "Axes | None" = None) -> "Axes":
     'weight of a term (mean of the family)'
     """
     table = _measured(table, "alloc:coup:")
-    axes = _axes(ax, 6.4, 3.6)
+    axes = _axes(ax, 6.4, 3.6, "Weights by family")
     for (key, values), style in zip(
         _families(table, "alloc:coup:").items(), _styles(), strict=False
     ):
@@ -291,7 +303,7 @@ def allocation_by_edge(
     'term, by family'
     """
     values = _matrix("weights", weights)
-    axes = _axes(ax, 6.4, 4.0)
+    axes = _axes(ax, 6.4, 4.0, "Weight of every term")
     reach = max(float(np.max(np.abs(values - 1), initial=0.0)), 1e-3)
     _heat(axes, values, (1 - reach, 1 + reach), "PuOr", "weight (1 is the reference)")
     axes.set_ylabel("term")
@@ -328,7 +340,7 @@ def row_margins(table: Table, ax: "Axes | None" = None) -> "Axes":
     'row (coordinate of x)'
     """
     values = _rows_of(_measured(table, "margin:row:"), "margin:row:")
-    axes = _axes(ax, 6.4, 4.0)
+    axes = _axes(ax, 6.4, 4.0, "Margin of every row")
     reach = max(float(np.max(np.abs(values), initial=0.0)), 1e-12)
     _heat(axes, values, (-reach, reach), "RdBu", "margin T - R (energy per unit of x squared)")
     axes.set_ylabel("row (coordinate of x)")
@@ -355,7 +367,7 @@ def shares(table: Table, ax: "Axes | None" = None) -> "Axes":
     """
     table = _measured(table, "spent:global" if "spent:global" in table.columns else "share:")
     parts = _families(table, "share:")
-    axes = _axes(ax, 6.4, 3.6)
+    axes = _axes(ax, 6.4, 3.6, "Who takes what part of the margin")
     bands = axes.stackplot(
         table["step"],
         np.nan_to_num(np.stack(list(parts.values()))),
@@ -404,7 +416,7 @@ def score_cost(
     if y.ndim != 1 or x.shape != y.shape:
         raise ValueError(f"cost has shape {x.shape}, expected that of scores, {y.shape}, as [K]")
     of = np.zeros(y.shape, int) if families is None else np.asarray(families)
-    axes = _axes(ax, 6.4, 4.0)
+    axes = _axes(ax, 6.4, 4.0, "What terms are worth, and cost")
     # what is below rounding beside the dearest term is no price: exponents would fill the axis
     x = np.where(x > np.finfo(x.dtype).eps * np.max(x, initial=0.0), x, 0)
     priced = x[x > 0]
@@ -467,7 +479,7 @@ def network(
     at = np.asarray(at, np.float64)
     if at.shape != (n, 2):
         raise ValueError(f"positions has shape {at.shape}, expected ({n}, 2)")
-    axes = _axes(ax, 6.8, 5.4)
+    axes = _axes(ax, 6.8, 5.4, "Weights of the terms, margins of the nodes")
     paths = _arcs(at, np.asarray(graph.i), np.asarray(graph.j))
     reach = max(float(np.max(np.abs(values - 1), initial=0.0)), 1e-3)
     collections = importlib.import_module("matplotlib.collections")
@@ -527,7 +539,7 @@ def pareto(
         raise ValueError(f"gap has shape {y.shape}, expected that of delta_f90, {x.shape}")
     y = np.maximum(y, _LOWEST_GAP)
     of = np.array(groups) if len(groups) else np.full(x.shape, "")
-    axes = _axes(ax, 6.4, 4.4)
+    axes = _axes(ax, 6.4, 4.4, "Fast at first, or close in the end")
     for name, style in zip(dict.fromkeys(of.tolist()), _styles(), strict=False):
         here = (of == name) & np.isfinite(x)
         line = style.pop("linestyle")
@@ -673,5 +685,10 @@ def figure_of(axes: "Axes") -> "Figure":
     return figure
 
 
-def _axes(ax: "Axes | None", width: float, height: float) -> "Axes":
-    return new_figure(width, height).subplots() if ax is None else ax
+def _axes(ax: "Axes | None", width: float, height: float, title: str) -> "Axes":
+    """Axes of a new figure with a title, or the caller's, who has one of his own."""
+    if ax is not None:
+        return ax
+    axes: Axes = new_figure(width, height).subplots()
+    axes.set_title(title, loc="left", fontsize="medium")
+    return axes
