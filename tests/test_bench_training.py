@@ -44,6 +44,8 @@ GOLDEN = {
     "cagrad": (0.1835, 1.2041),
     "config": (0.1588, 2.0706),
     "pcgrad": (0.5848, 3.8012),
+    # g1 + g2 22/38 and g2 + g1 22/18, by hand; TorchJD's regularized 0.2929, 1.9004 is near
+    "upgrad": ((-4 + 6 * 22 / 38 + 6 - 4 * 22 / 18) / 2, (2 + 22 / 38 + 22 / 18) / 2),
 }
 
 
@@ -140,6 +142,33 @@ def test_pcgrad_is_some_order_of_projections(eps):
     assert len({tuple(w.round(4)) for w in weights}) > 1, "the order is random"
 
 
+def test_upgrad_projects_each_gradient():
+    jacobians = JACOBIANS[:8]
+    found = np.asarray(
+        jax.jit(jax.vmap(lambda j: aggregate.upgrad(j @ j.T)))(jnp.asarray(jacobians, float)), float
+    )
+    for jacobian, weights in zip(jacobians, found):
+        projections = [
+            scipy.optimize.minimize(
+                lambda d, g=g: ((d - g) ** 2).sum(),
+                g,
+                jac=lambda d, g=g: 2 * (d - g),
+                method="SLSQP",
+                constraints={
+                    "type": "ineq",
+                    "fun": lambda d, j=jacobian: j @ d,
+                    "jac": lambda d, j=jacobian: j,
+                },
+                options={"ftol": 1e-14, "maxiter": 300},
+            ).x
+            for g in jacobian
+        ]
+        size = np.linalg.norm(jacobian)
+        np.testing.assert_allclose(
+            weights @ jacobian, np.mean(projections, axis=0), atol=1e-3 * size
+        )
+
+
 def test_weights_follow_their_formulas(eps):
     values = np.array([[4.0, 0.5, 0.1], [3.0, 0.6, 0.1], [2.0, 0.4, 0.2]])
     rng = np.random.default_rng(5)
@@ -157,6 +186,8 @@ def test_weights_follow_their_formulas(eps):
         "forgetful": peers.relative_lookback(decay=0.9, temperature=2.0, memory=0.0),
         "softadapt": peers.softadapt(),
         "uncertainty": peers.uncertainty(optax.sgd(rate)),
+        "famo": peers.fast_adaptive(rate=0.2, decay=0.1),
+        "dual": peers.dual_balancing(),
     }
 
     @jax.jit
@@ -189,6 +220,7 @@ def test_weights_follow_their_formulas(eps):
     wanted = {name: [] for name in rivals}
     weights = {name: np.ones(3) for name in rivals}
     log_variance = np.zeros(3)
+    logits, first, second = np.zeros(3), np.zeros(3), np.zeros(3)
     for step in range(3):
         g, last = flat[step], values[max(step - 1, 0)]
         norms = np.linalg.norm(g, axis=1)
@@ -207,6 +239,17 @@ def test_weights_follow_their_formulas(eps):
         weights["softadapt"] = 3 * softmax(0.1 * change / max(np.abs(change).sum(), 1e-30))
         weights["uncertainty"] = np.exp(-log_variance)
         log_variance = log_variance - rate * (1 - weights["uncertainty"] * values[step])
+        if step:
+            z = softmax(logits)
+            slope = (np.diag(z) - np.outer(z, z)) @ np.log(last / values[step]) + 0.1 * logits
+        else:
+            slope = np.zeros(3)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        means = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+        logits = logits - 0.2 * means[0] / (np.sqrt(means[1]) + 1e-8)
+        paces = softmax(logits) / values[step]
+        weights["famo"] = paces / paces.sum()
+        weights["dual"] = (norms / values[step]).max() / norms
         for name in rivals:
             wanted[name].append(weights[name])
     for name in rivals:

@@ -176,6 +176,54 @@ def uncertainty(optimizer: optax.GradientTransformation) -> Peer:
     return Peer(init, weigh)
 
 
+class FastState(NamedTuple):
+    logits: jax.Array  # [K]
+    inner: Any
+    last: jax.Array  # [K], losses at the last step
+
+
+def fast_adaptive(rate: float = 0.025, decay: float = 1e-3) -> Peer:
+    r"""FAMO: all log losses are to fall at one pace.
+
+    $w_k = c\, z_k / L_k$, $z = \operatorname{softmax}(\xi)$, $1/c = \sum_k z_k / L_k$; the logits
+    move by Adam along the fall of the log losses, $\sum_k \nabla z_k (\log L_k(t) - \log L_k(t+1))$
+    (Liu, Feng, Stone and Liu, *FAMO: Fast adaptive multitask optimization*, NeurIPS 2023,
+    algorithm 1, with the rate and the weight decay of their code). Their fall is measured on one
+    batch, by another evaluation of the losses; here it is that from batch to batch.
+    """
+    optimizer = optax.chain(optax.add_decayed_weights(decay), optax.adam(rate))
+
+    def init(terms: int) -> FastState:
+        zeros = jnp.zeros(terms)
+        return FastState(zeros, optimizer.init(zeros), jnp.ones(terms))
+
+    def weigh(sight: Sight, state: FastState) -> tuple[jax.Array, FastState]:
+        losses = _positive(sight.values)
+        fall = jnp.where(sight.step == 0, 0, jnp.log(state.last) - jnp.log(losses))
+        slope = jax.vjp(jax.nn.softmax, state.logits)[1](fall)[0]
+        updates, inner = optimizer.update(slope, state.inner, state.logits)
+        logits = jnp.where(sight.step == 0, state.logits, state.logits + updates)
+        share = jax.nn.softmax(logits) / losses
+        return share / jnp.sum(share), FastState(logits, inner, losses)
+
+    return Peer(init, weigh)
+
+
+def dual_balancing() -> Peer:
+    r"""DB-MTL: gradients of the log losses, all as long as the longest.
+
+    $w_k = \max_l (n_l / L_l) / n_k$ with $n_k = \|g_k\|$ (Lin et al., *Dual-balancing for
+    multi-task learning*, arXiv 2308.12029, section 3), without its average of gradients over steps.
+    """
+
+    def weigh(sight: Sight, state: Any) -> tuple[jax.Array, Any]:
+        norms = jnp.sqrt(jnp.diagonal(gram(sight.grads)))
+        longest = jnp.max(norms / _positive(sight.values))
+        return longest / _positive(norms), state
+
+    return Peer(lambda terms: (), weigh)
+
+
 def surgery(rule: Callable[..., jax.Array]) -> Peer:
     """A rule of `bench.training.aggregate`, which keeps no state."""
     random = rule is aggregate.pcgrad
