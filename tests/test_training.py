@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.linalg
 from optax.experimental import aggregating
 
 import smallgain_jax as sg
 from smallgain_jax.losses import prices
 from smallgain_jax.losses.sharing import passes
+from tests.compiling import jit_well
 from tests.products import exact
 
 A = np.diag([1.0, 3.0])
@@ -552,3 +554,67 @@ def test_the_price_of_a_loss_beside_a_stiffer_one_is_seen_without_a_vector_of_it
     run = jax.jit(lambda carry: jax.lax.scan(step, carry, length=2000)[1])
     cost = run((x, optimizer.init(x)))[-1]
     np.testing.assert_allclose(cost, [100, 3], rtol=0.1)
+
+
+def test_a_metric_may_be_no_diagonal():
+    """Kronecker factors as in Shampoo: prices are eigenvalues of P^{-1/2} H_k P^{-1/2}."""
+    rng = np.random.default_rng(3)
+    spd = [rng.normal(size=(n, n)) for n in (3, 2)]
+    left, right = (a @ a.T + np.eye(len(a)) for a in spd)
+    roots = [scipy.linalg.inv(scipy.linalg.sqrtm(a)).real for a in (left, right)]
+    hessians = {name: (lambda a: a @ a.T)(rng.normal(size=(6, 6))) for name in ("a", "b")}
+
+    @exact
+    def losses(p):
+        flat = p["w"].reshape(-1)
+        return {
+            name: 0.5 * flat @ jnp.asarray(h, flat.dtype) @ flat for name, h in hessians.items()
+        }
+
+    @exact
+    def applied(v):
+        low, high = (jnp.asarray(r, v["w"].dtype) for r in roots)
+        return {"w": low @ v["w"] @ high}
+
+    root = np.kron(*roots)
+    tops = [np.linalg.eigvalsh(root @ h @ root)[-1] for h in hessians.values()]
+    optimizer = sg.small_gain(
+        optax.sgd(0.0),
+        losses,
+        policy="fair",
+        every=1,
+        warmup=0,
+        metric=lambda state, params: applied,
+        limit=1.0,
+        iterations=40,
+    )
+    params = {"w": jnp.ones((3, 2))}
+    state, update = optimizer.init(params), jit_well(optimizer.update)
+    gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
+    for _ in range(60):
+        _, state = update(gradient, state, params)
+    shared = state.weights * jnp.asarray(tops)
+    np.testing.assert_allclose(shared / shared.sum(), [0.5, 0.5], atol=1e-2)
+    np.testing.assert_allclose(state.info.share, [0.5, 0.5], atol=1e-2)
+
+
+def test_a_metric_shaped_like_a_model_that_can_be_called_is_a_diagonal():
+    model = eqx.nn.Linear(2, 1, key=jax.random.key(0))
+
+    def losses(m):
+        return {"a": jnp.sum(m.weight**2), "b": 50 * (jnp.sum(m.weight**2) + jnp.sum(m.bias**2))}
+
+    optimizer = sg.small_gain(
+        optax.sgd(0.0),
+        losses,
+        policy="fair",
+        every=1,
+        warmup=0,
+        metric=lambda state, params: jax.tree.map(lambda p: 4 * jnp.ones_like(p), params),
+        limit=1.0,
+    )
+    state = optimizer.init(model)
+    gradient = jax.grad(lambda m: sum(losses(m).values()))(model)
+    for _ in range(3):
+        _, state = optimizer.update(gradient, state, model)
+    np.testing.assert_allclose(state.info.cost[:, 0], [0.5, 25.0], rtol=1e-3)

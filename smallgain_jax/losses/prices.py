@@ -16,6 +16,7 @@ the `response`; a weight is moved by no more than that part of the way.
 
 from collections.abc import Callable
 from functools import partial
+from inspect import isfunction
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +69,7 @@ class Sight(NamedTuple):
 
     params: Any
     batch: Batch
-    inverse_root: Any  # P^{-1/2}; None for the identity
+    inverse_root: Any  # P^{-1/2}, or a map that applies it; None for the identity
     adaptive: bool  # whether it comes from the gradients, and so from the weights
     early: jax.Array  # [] bool, whether the metric means nothing yet; the identity stands for it
     new: jax.Array  # [] bool, whether the loss in turn has no weight yet
@@ -188,7 +189,9 @@ def _look(
     turn = _turn(settings, state, prices, number, apart)
     labels, names = label_blocks(sight.params, settings.blocks)
     one_row = len(names) == 1
-    responds = settings.policy == "fair" and sight.adaptive
+    # what a share answers is known where P has the weights in each entry by itself
+    diagonal = not isfunction(sight.inverse_root)
+    responds = settings.policy == "fair" and sight.adaptive and diagonal
     gradient = _gradient(losses, settings, sight, turn, responds)
 
     def product_by(mix: Any) -> Product:
@@ -335,8 +338,12 @@ def limit_of(settings: Settings, probe: Any, state: TrainingState, present: Any)
 def inverse_root_of(
     settings: Settings, probe: Any, state: TrainingState, params: Any, present: Any
 ) -> Any:
-    """P^{-1/2} of the base optimizer at this update; None for the identity."""
+    """P^{-1/2} of the base optimizer at this update, or a map; None for the identity."""
     if settings.metric is not None:
         metric = settings.metric(state.base_state, params)
+        # a model in Equinox is callable too, and a pytree like itself
+        like: Any = jax.tree.structure(params)
+        if callable(metric) and jax.tree.structure(metric) != like:
+            return lambda v: metric(v)
         return jax.tree.map(lambda p: 1 / jnp.sqrt(p), metric)
     return probe.inverse_root(state.base_state, params, present) if probe.known else None

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from inspect import isfunction
 from typing import Any, NamedTuple
 
 import jax
@@ -149,7 +150,8 @@ def loss_small_gain(
         measure it (`limits`).
       target: c in (0, 1), the fraction of the limit that a rewind and `row_gains` aim at.
       metric: P for optimizers that cannot be read: `metric(base_state, params)` gives a pytree like
-        `params`, positive.
+        `params`, positive; or, where P is no diagonal (Shampoo, SOAP, natural gradients), a
+        function that applies $P^{-1/2}$, symmetric, to a pytree like `params`.
       priorities: p_k, float [K] in the order of the losses, or a dict by their names, ones for
         those it leaves out; positive, traced or not; None for ones ("fair").
       floor, ceiling: bounds of every weight; for "fair" relative to its first one.
@@ -607,7 +609,7 @@ def _priced(
     present = probe.present(state.base_state)
     root = inverse_root_of(settings, probe, state, params, present)
     if settings.unitless and adaptive:
-        root = jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
+        root = _later(root, early)
     new = jnp.any(at.appeared) & ~unseen(state)
     turn = jnp.where(new, jnp.argmax(at.appeared), state.turn).astype(jnp.int32)
     plain = seen.total(state.weights)
@@ -633,6 +635,13 @@ def _priced(
         row_sharpness=units.factor * prices.row_sharpness,
     )
     return measured._replace(prices=prices), units
+
+
+def _later(root: Any, early: jax.Array) -> Any:
+    """P^{-1/2}, or the identity while that is `early`."""
+    if isfunction(root):
+        return lambda v: select(early, v, root(v))
+    return jax.tree.map(lambda r: jnp.where(early, 1, r).astype(r.dtype), root)
 
 
 def _judge(

@@ -6,6 +6,7 @@ goes on, and certify nothing; only the Gershgorin and Perron bounds of `rows` do
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import isfunction
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def power_iteration(
       product: v -> H v.
       vector: pytree like the parameters, each block of unit norm; start from the last call's.
       inverse_root: $P^{-1/2}$, shaped like the parameters or by scalars; 0 where a parameter does
-        not move and must not count; None for the identity.
+        not move and must not count; a symmetric map of such pytrees, a
+        function; None for the identity.
       labels: the block 0..R-1 of each leaf.
       iterations: how many, int >= 1; may be traced.
 
@@ -58,9 +60,13 @@ def power_iteration(
     treedef: Any
     leaves, treedef = jax.tree.flatten(vector)
     dtype = float_dtype(*leaves)
-    roots = [None] * len(leaves) if inverse_root is None else treedef.flatten_up_to(inverse_root)
+    diagonal = inverse_root is not None and not isfunction(inverse_root)
+    roots = treedef.flatten_up_to(inverse_root) if diagonal else [None] * len(leaves)
 
     def scaled(tree: list[jax.Array]) -> list[jax.Array]:
+        if isfunction(inverse_root):
+            image = jax.tree.leaves(inverse_root(treedef.unflatten(tree)))
+            return [y.astype(leaf.dtype) for y, leaf in zip(image, tree, strict=True)]
         return [
             leaf if r is None else leaf * jnp.asarray(r, leaf.dtype)
             for leaf, r in zip(tree, roots, strict=True)
