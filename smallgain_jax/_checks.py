@@ -1,9 +1,13 @@
 """Validation of concrete arguments: every message starts with the argument's name."""
 
+import contextlib
+import os
+import sys
 import warnings
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +71,20 @@ def _warn_of_nothing(name: str, value: Numbers, dtype: jnp.dtype) -> None:
             "all of it counts as 0; choose another unit, or float64",
             stacklevel=4,
         )
+
+
+def warn_caller(message: str) -> None:
+    """Warn at the line of the caller's own file, beneath whatever traces his function."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
+_LIBRARIES = (
+    contextlib.__file__,
+    *(os.path.dirname(file) + os.sep for file in (jax.__file__, eqx.__file__, __file__)),
+)
 
 
 def as_index(name: str, value: Numbers) -> jax.Array:

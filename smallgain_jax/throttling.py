@@ -5,7 +5,7 @@ constant of the gradient field stays below two. The throttle watches that consta
 and multiplies the update by $0 < \alpha \le 1$: the direction is the base optimizer's, always.
 """
 
-import warnings
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from smallgain_jax._checks import (
     check_fraction,
     check_optimizer,
     check_positive,
+    warn_caller,
 )
 from smallgain_jax._show import shows
 from smallgain_jax._tree import dot, norm, select, stat_dtype
@@ -203,10 +204,9 @@ def throttle(
 
     def init(params: Any) -> ThrottleState:
         if learning_rate is not None and not probe_optimizer(base_optimizer, params).proportional:
-            warnings.warn(
+            warn_caller(
                 "learning_rate is given, but the base optimizer's update is no rate times the "
-                "gradient (second moments, signs): say learning_rate=None, which measures it",
-                stacklevel=2,
+                "gradient (second moments, signs): say learning_rate=None, which measures it"
             )
         return _initial_state(params, base.init(params), settings)
 
@@ -246,6 +246,7 @@ def _throttled(
     check_call(ThrottleState, updates, state, params)
     raw, base_state = base.update(updates, state.base_state, params, **extra_args)
     args = extra_args.get("term_args") or ()
+    _check_arguments(settings.loss, args)
     moved, alpha, usable = _moved(settings, state, params, updates, raw, tuple(args))
     if extra_args.get("value") is not None:
         usable &= jnp.all(jnp.isfinite(extra_args["value"]))
@@ -258,6 +259,23 @@ def _throttled(
         alpha = _power_of_two(alpha)
     scaled = _scale(safe, jnp.where(usable, alpha, 1))
     return scaled, kept._replace(skipped=skipped)
+
+
+def _check_arguments(loss: Callable[..., jax.Array] | None, args: Any) -> None:
+    """Refuse a batch that is not what the loss takes, before jax's frames are in the way."""
+    if loss is None:
+        return
+    try:
+        signature = inspect.signature(loss)
+    except (TypeError, ValueError):
+        return  # a builtin or a C function: calling it will tell
+    try:
+        signature.bind(None, *args)
+    except TypeError as error:
+        raise TypeError(
+            f"loss: {error}: what it takes besides params is given to update, as in "
+            "update(gradient, state, params, term_args=(batch,))"
+        ) from None
 
 
 def _check(settings: _Settings) -> None:

@@ -1,5 +1,6 @@
 """One name for graphs and for losses: `small_gain`, and the baselines of the validation plan."""
 
+import difflib
 from collections.abc import Callable
 from inspect import signature
 from typing import Any, overload
@@ -190,4 +191,6 @@ def _check_keywords(
                 f"{keyword} is a keyword of {name} for {where}, and terms are {kind}: "
                 f"see {own.__name__}"
             )
-        raise TypeError(f"{keyword} is no keyword of {name}: see {own.__name__}")
+        near = difflib.get_close_matches(keyword, known, n=1)
+        guess = f", did you mean {near[0]}?" if near else ""
+        raise TypeError(f"{keyword} is no keyword of {name}{guess} See {own.__name__}")

@@ -645,7 +645,9 @@ class TestFilesAsPeopleHaveThem:
         read = read_graph(edges, csv_file(tmp_path / "n.csv", text))
         assert read.labels == ("2", "1")
         assert read.graph.local[0].target.tolist() == [0.75, 0.25]
-        assert read.notes == ("n.csv: ignored columns 'Label', 'timeset'",)
+        ignored, counted = read.notes
+        assert ignored == "n.csv: ignored columns 'Label', 'timeset'"
+        assert "a is 1 at the 2 nodes" in counted
 
     @pytest.mark.parametrize("word", ["", "nan", "NaN", "NA", "null", "None", "N/A"])
     def test_missing_values_have_one_rule(self, tmp_path, word):
@@ -1317,3 +1319,17 @@ def test_a_table_without_a_line_of_names_is_told_to_have_one(tmp_path):
     path.write_text("a,b,0.5\nb,c,0.5\n")
     with pytest.raises(FileFormatError, match="looks like data: put a line of names"):
         read_graph(path)
+
+
+@pytest.mark.once
+def test_targets_alone_count(tmp_path):
+    edges = tmp_path / "e.csv"
+    edges.write_text("source,target\na,b\nb,c\n")
+    nodes = tmp_path / "n.csv"
+    nodes.write_text("node,target\na,0.9\nb,\nc,0.2\n")
+    read = read_graph(edges, nodes)
+    (local,) = read.graph.local
+    assert local.a.tolist() == [1, 0, 1]
+    assert any("a is 1 at the 2 nodes" in note for note in read.notes)
+    nodes.write_text("node,target,a\na,0.9,2\nb,,\nc,0.2,\n")
+    assert read_graph(edges, nodes).graph.local[0].a.tolist() == [2, 0, 0]

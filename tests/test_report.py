@@ -133,6 +133,10 @@ def test_plot_command_draws_what_the_columns_allow(tmp_path, capsys):
     assert "written" in capsys.readouterr().out
     one = {name: column for name, column in TELEMETRY.items() if name != "share:GateBenefit"}
     assert "shares" not in report.figures_of(Table(one))
+    losses = {"step": np.arange(3), "loss:a": np.ones(3), "loss:total": np.ones(3)}
+    losses |= {"weight:a": np.ones(3), "sharpness_ratio": np.ones(3)}
+    losses |= {"guard": np.ones(3), "rewinds": np.zeros(3)}
+    assert list(report.figures_of(Table(losses))) == ["training"]
     few = {name: TELEMETRY[name] for name in ("step", "energy:reference")}
     figures = report.figures_of(Table(few))
     assert list(figures) == ["energy"]

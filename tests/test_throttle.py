@@ -583,3 +583,14 @@ def test_a_rate_behind_a_clip_is_one():
         warnings.simplefilter("error")
         throttle(optax.chain(optax.clip(1.0), optax.sgd(0.1, 0.9)), 0.1).init(trees())
         throttle(optax.adam(0.1), None).init(trees())
+
+
+@pytest.mark.once
+def test_a_batch_that_the_loss_lacks_is_named():
+    params = trees()
+    optimizer = throttle(
+        optax.sgd(0.1), 0.1, loss=lambda p, x: jnp.sum(p["a"]) * x, same_batch=True
+    )
+    state = optimizer.init(params)
+    with pytest.raises(TypeError, match=r"loss: .*'x'.*term_args="):
+        optimizer.update(params, state, params)

@@ -618,3 +618,22 @@ def test_a_metric_shaped_like_a_model_that_can_be_called_is_a_diagonal():
     for _ in range(3):
         _, state = optimizer.update(gradient, state, model)
     np.testing.assert_allclose(state.info.cost[:, 0], [0.5, 25.0], rtol=1e-3)
+
+
+@pytest.mark.once
+def test_an_argument_of_nearly_our_name_is_refused():
+    optimizer = sg.small_gain(optax.sgd(0.1), quadratics)
+    state = optimizer.init(jnp.ones(2))
+    with pytest.raises(TypeError, match="did you mean term_args"):
+        optimizer.update(jnp.ones(2), state, jnp.ones(2), term_arg=())
+    optimizer.update(jnp.ones(2), state, jnp.ones(2), values=1.0)  # some base optimizer's
+
+
+@pytest.mark.once
+def test_warnings_point_at_the_line_of_the_caller():
+    losses = sg.terms(lambda p, x: {"a": jnp.sum((p - x) ** 2)}, names=("a",))
+    optimizer, params = sg.small_gain(optax.sgd(0.1), losses), jnp.ones(2)
+    state = optimizer.init(params)
+    with pytest.warns(UserWarning, match="term_args") as told:
+        jax.jit(lambda p: optimizer.update(p, state, p))(params)
+    assert told[0].filename == __file__

@@ -21,7 +21,7 @@ class LocalEnergy(Protocol):
 
 
 class Landau(eqx.Module):
-    r"""Local energies $\sum_r a_r (x_r - t_r)^2 + b_r (x_r - t_r)^4$ (seed 000's local term).
+    r"""Local energies $\sum_r a_r (x_r - t_r)^2 + b_r (x_r - t_r)^4$ (design note).
 
     Args:
       a: quadratic coefficients, float [n] (or [n, d] for vector nodes) or scalar. May be negative:

@@ -1,7 +1,7 @@
 """`small_gain` around the losses of a model: observe, price, decide, mix, guard."""
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from smallgain_jax._checks import (
     check_target,
     float_dtype,
     is_concrete,
+    warn_caller,
 )
 from smallgain_jax._compiling import is_data
 from smallgain_jax._tree import norm, select, vdot, when
@@ -72,6 +73,8 @@ from smallgain_jax.losses.watch import (
 )
 from smallgain_jax.spectral.power import Blocks, label_blocks
 
+ARGUMENTS = ("term_args", "term_grads", "term_values", "curvature_args", "weighted")
+"""What `update` reads besides its first three arguments."""
 STATIC = ("blocks", "metric", "anneal", "rounds")
 """Functions and shapes, no hyperparameters: `static_args` of `optax.inject_hyperparams`."""
 
@@ -296,6 +299,7 @@ def _transformation(
     def update(
         updates: Any, state: TrainingState, params: Any = None, **given: Any
     ) -> tuple[Any, TrainingState]:
+        _check_arguments(given)
         weighted = bool(given.pop("weighted", False))
         operands = (updates, state, params, given)
         # branches on the state would compile anew at every call outside of a program
@@ -317,6 +321,14 @@ def _transformation(
         return found
 
     return optax.GradientTransformationExtraArgs(partial(_initial, wiring), update)
+
+
+def _check_arguments(given: Iterable[str]) -> None:
+    """Refuse what is nearly a name of ours: others are for the base optimizer, and stay unread."""
+    for name in given:
+        near = difflib.get_close_matches(name, ARGUMENTS, n=1, cutoff=0.85)
+        if near and name not in ARGUMENTS:
+            raise TypeError(f"{name} is no argument of update: did you mean {near[0]}?")
 
 
 def _compute(
@@ -439,10 +451,9 @@ def _warn_of_no_limit(settings: Settings, probe: Probe) -> None:
     if settings.metric is None and settings.reweights:
         off.append("losses are priced as under gradient descent, in the identity metric")
     if off:
-        warnings.warn(
+        warn_caller(
             f"base_optimizer: no curvature limit was found ({probe.why}), so that "
-            f"{', and '.join(off)}; give limit= and metric= if you know them",
-            stacklevel=4,
+            f"{', and '.join(off)}; give limit= and metric= if you know them"
         )
 
 
@@ -501,10 +512,9 @@ def _is_blind(wiring: _Wiring, params: Any, batch: Batch) -> bool:
         )
     if wiring.settings.reweights:
         raise TypeError(why)
-    warnings.warn(
+    warn_caller(
         f"{why}. Until then small_gain hands updates on as they are: it measures nothing and "
-        "guards against nothing",
-        stacklevel=4,
+        "guards against nothing"
     )
     return True
 

@@ -47,7 +47,7 @@ class AlwaysActive(eqx.Module):
 
 
 class Sigmoid(eqx.Module):
-    r"""Smoothed activity $\sigma(\mathrm{gap}/\varepsilon)$ (seed 000, section 3).
+    r"""Smoothed activity $\sigma(\mathrm{gap}/\varepsilon)$ (design note, section 3).
 
     Args:
       eps: width of the transition, in units of the gap, positive scalar.

@@ -95,7 +95,8 @@ class Relax(Settings, frozen=True, kw_only=True):
     Attributes:
       file: the graph.
       nodes: node table: node and, as needed, a, b and target of the energy a (x - target)^2 +
-        b (x - target)^4, and start. Without a start the state starts in the middle of the box.
+        b (x - target)^4, and start. Each is 0 where it is not given, but a is 1 where a target is
+        and no column a or b. Without a start the state starts in the middle of the box.
       source: name of the edge table's column of that kind, where it is none of the usual.
       target: the same.
       weight: the same.
@@ -424,11 +425,21 @@ def _run_plot(command: Plot) -> None:
     if planned:
         figures = _anatomy_of(command)
     else:
-        table = telemetry.Table(read_columns(command.source))
+        table = _telemetry_of(command.source)
         figures = _metrics(table, command) if command.metric else report.figures_of(table)
     command.out.mkdir(parents=True, exist_ok=True)
     written = report.write_figures(figures, command.out)
     print("written: " + ", ".join(map(str, written)))
+
+
+def _telemetry_of(source: Path) -> telemetry.Table:
+    try:
+        return telemetry.Table(read_columns(source))
+    except FileFormatError as error:
+        raise ValueError(
+            f"{error}: this is no telemetry; plot takes the folder that relax wrote, its "
+            "telemetry.csv, or a file of sg.training.log"
+        ) from error
 
 
 def _metrics(table: telemetry.Table, command: Plot) -> dict[str, Any]:

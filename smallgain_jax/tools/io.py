@@ -2,7 +2,8 @@
 
 An edge table has the columns `source` and `target` and may have `family` (quadratic by default),
 `weight` (1 by default) and the parameters of the families; a node table has `node` and may have
-`a`, `b` and `target` of the `Landau` energies and the `start` of the state (each 0 by default).
+`a`, `b` and `target` of the `Landau` energies and the `start` of the state (each 0 by default; but
+a is 1 where there is a target, and no column a or b).
 
 A missing value means the default, in every format: a blank cell or one that spells NaN, NA, null
 or None in a delimited file or in GraphML, null or NaN in Parquet, NaN in NPZ. A node id or an end
@@ -617,5 +618,13 @@ def _families(edges: Meaning) -> tuple[tuple[str, ...], np.ndarray]:
 def _node_energies(nodes: Meaning, rows: np.ndarray) -> tuple[Landau | None, jax.Array | None]:
     values = {name: nodes.numbers(name, 0.0)[rows] for name in (*LANDAU, "start")}
     told = [name in nodes.columns for name in LANDAU]
+    if told == [False, False, True]:
+        # a target that nothing draws to would not count
+        wanted = ~np.isnan(nodes.numbers("target", np.nan)[rows])
+        values["a"] = wanted.astype(float)
+        nodes.notes.append(
+            f"{nodes.sheet.path.name}: a target is given and neither a nor b: a is 1 at the "
+            f"{np.count_nonzero(wanted)} nodes that have one"
+        )
     local = Landau(**{name: values[name] for name in LANDAU}) if any(told) else None
     return local, jnp.asarray(values["start"]) if "start" in nodes.columns else None

@@ -132,7 +132,7 @@ def metric(table: Table, name: str, smooth: int = 1, ax: "Axes | None" = None) -
         raise ValueError(f"smooth = {smooth} must be at least 1")
     known = ~np.isnan(table[name].astype(np.float64))
     step, values = table["step"][known], table[name][known].astype(np.float64)
-    axes = _axes(ax, 6.4, 3.6, MEANING.get(name, ""))
+    axes = _axes(ax, 6.4, 3.6, _TITLES.get(name, ""))
     every = max(1, step.size // 10)
     style: dict[str, Any] = {"marker": "o", "markevery": every, "markersize": 4.5}
     if smooth > 1:
@@ -144,7 +144,7 @@ def metric(table: Table, name: str, smooth: int = 1, ax: "Axes | None" = None) -
     return _finish(axes, name, legend=smooth > 1)
 
 
-MEANING = {
+_TITLES = {
     "energy:reference": "Energy as it was given",
     "energy:adapted": "Energy under the weights",
     "margin:global": "Margin of the tightest row",

@@ -15,7 +15,7 @@ import optax
 
 from smallgain_jax.graphs.relaxation import relax
 from smallgain_jax.limits.closed_forms import gradient_descent_limit
-from smallgain_jax.tools import plots, telemetry
+from smallgain_jax.tools import plots, telemetry, training
 from smallgain_jax.tools.io import write_atomic
 from smallgain_jax.tools.scenarios import Scenario
 from smallgain_jax.tools.suites import true_minimum
@@ -125,7 +125,7 @@ def figures_of(table: Table) -> "dict[str, Figure]":
     """Every figure that the columns of a telemetry table allow.
 
     Args:
-      table: as `telemetry.table` makes it, or read back from its file.
+      table: as `telemetry.table` or `training.table` makes it, or read back from its file.
 
     Returns:
       Figures by name.
@@ -137,8 +137,13 @@ def figures_of(table: Table) -> "dict[str, Figure]":
     >>> list(figures_of(Table({"step": np.arange(2), "energy:reference": np.array([1.0, 0.5])})))
     ['energy']
     """
-    if "step" not in table.columns or "energy:reference" not in table.columns:
-        raise ValueError("table has no columns step and energy:reference: it is no telemetry")
+    if {"step", "loss:total"} <= table.columns.keys():
+        return {"training": training.figure(table)}
+    if not {"step", "energy:reference"} <= table.columns.keys():
+        raise ValueError(
+            "table has no column step, or neither energy:reference nor loss:total: it is no "
+            "telemetry of `smallgain relax` or of sg.training"
+        )
     # the energy itself: a table does not know the minimum, and a gap to the run's own lowest energy
     # makes every run look converged
     shown = {"energy": plots.metric(table, "energy:reference")}
