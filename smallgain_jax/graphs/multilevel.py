@@ -54,13 +54,19 @@ BOTTOM = 128
 ROUNDS = 2
 """Rounds of matching from one level to the next: 4 to 5 nodes in an aggregate."""
 
+THIN = 1.2
+"""Edges a node below which a graph is near to a chain, where pairs are merged.
+
+Long aggregates have soft modes of their own: a third of the steps for twice the levels.
+"""
+
 DEGREE = 2
 """Degree of the polynomial that smooths, before and after each coarser level."""
 
 SMOOTH = (0.15, 1.0)
 """Part of the spectrum of rows^{-1} M, which lies in (0, 1], that smoothing has to reduce."""
 
-VISIT = (0.3, 1.2)
+VISIT = (0.15, 1.32)
 """Part [a, b] of the spectrum of B_c M_c for which the two visits of a coarser level are combined.
 
 Their polynomial is 1 - T_2(y(t)) / T_2(y(0)) with y(t) = (a + b - 2 t) / (b - a): positive on
@@ -528,8 +534,8 @@ def multilevel(
 ) -> Hierarchy:
     r"""A hierarchy of aggregates for graphs of one structure, built on the host.
 
-    Nodes are merged by rounds of heavy-edge matching, 4 to 5 into one, until at most 128 are left.
-    Only the structure is kept: weights, activities of hinges and free nodes enter when
+    Nodes are merged by rounds of heavy-edge matching, 4 to 5 into one, or 2 in chains and trees,
+    until at most 128 are left. Only the structure is kept: weights, activities of hinges and free nodes enter when
     `Hierarchy.precondition` is called, inside `jit` and under `vmap`.
 
     Args:
@@ -570,7 +576,8 @@ def multilevel(
     rng = np.random.default_rng(seed)
     levels = []
     while fine.num_nodes > BOTTOM and fine.i.size:
-        merged = aggregate(fine, ROUNDS, rng)
+        thin = fine.i.size < THIN * fine.num_nodes
+        merged = aggregate(fine, 1 if thin else ROUNDS, rng)
         levels.append(_level(fine, merged))
         fine = merged.graph
     levels.append(_level(fine, None))
