@@ -535,8 +535,8 @@ def multilevel(
     r"""A hierarchy of aggregates for graphs of one structure, built on the host.
 
     Nodes are merged by rounds of heavy-edge matching, 4 to 5 into one, or 2 in chains and trees,
-    until at most 128 are left. Only the structure is kept: weights, activities of hinges and free nodes enter when
-    `Hierarchy.precondition` is called, inside `jit` and under `vmap`.
+    until at most 128 are left. Only the structure is kept: weights, activities of hinges and free
+    nodes enter when `Hierarchy.precondition` is called, inside `jit` and under `vmap`.
 
     Args:
       graph: the energy; its edges must be concrete.
