@@ -66,7 +66,7 @@ DEGREE = 2
 SMOOTH = (0.15, 1.0)
 """Part of the spectrum of rows^{-1} M, which lies in (0, 1], that smoothing has to reduce."""
 
-VISIT = (0.15, 1.32)
+VISIT = (0.3, 1.2)
 """Part [a, b] of the spectrum of B_c M_c for which the two visits of a coarser level are combined.
 
 Their polynomial is 1 - T_2(y(t)) / T_2(y(0)) with y(t) = (a + b - 2 t) / (b - a): positive on
