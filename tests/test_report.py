@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from smallgain_jax.tools import cli, report
+from smallgain_jax.tools import cli, plots, report
 from smallgain_jax.tools.suites import Suite
 from smallgain_jax.tools.sweep import Sweep, SweepResult
 from smallgain_jax.tools.telemetry import Table
@@ -217,3 +217,15 @@ def test_bench_command_hands_the_flags_on(tmp_path, monkeypatch, capsys):
     assert (seen[0].steps, seen[0].repeats) == (9, 0)
     assert json.dumps(sorted(p.name for p in (tmp_path / "o").iterdir())).count("csv") == 3
     assert "1.25e-05" in capsys.readouterr().out
+
+
+def test_plot_of_a_folder_draws_the_result(tmp_path, capsys):
+    Table(TELEMETRY).write(tmp_path / "telemetry.csv")
+    (tmp_path / "state.csv").write_text("node,x\nann,0.25\nbob,0.75\n")
+    assert cli.main(["plot", str(tmp_path), "--out", str(tmp_path / "f")]) == 0
+    assert (tmp_path / "f" / "state.png").is_file()
+    capsys.readouterr()
+    axes = plots.state([str(k) for k in range(100)], np.linspace(0, 1, 100))
+    assert axes.get_ylabel() == "nodes"
+    with pytest.raises(ValueError, match=r"x has shape \(1,\)"):
+        plots.state(["a", "b"], [1.0])

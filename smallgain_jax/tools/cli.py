@@ -1,5 +1,6 @@
 """The command line: `smallgain demo`, `relax FILE`, `bench`, `sweep` and `plot SOURCE`."""
 
+import csv
 import difflib
 import importlib.metadata
 import logging
@@ -175,12 +176,13 @@ class SweepOver(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plot(msgspec.Struct, frozen=True, kw_only=True):
-    """Draw a run's energy, and how much of the stability limit each node uses; write PNG files.
+    """Draw a run's energy, its result, and where the method has them, margins; write PNG files.
 
     Attributes:
-      source: telemetry of `smallgain relax` (.csv, .parquet, .npz, .jsonl, a folder of Parquet
-        parts), from which every figure is drawn that its columns allow; or the TOML file of a plan,
-        of which small_gain relaxes one suite for all figures.
+      source: the folder that `smallgain relax` wrote; telemetry of it or of sg.training.log (.csv,
+        .parquet, .npz, .jsonl, a folder of Parquet parts), from which every figure is drawn that
+        its columns allow (margins and weights those of --method small_gain, with --rows each
+        node's); or the TOML file of a plan, of which small_gain relaxes one suite for all figures.
       out: folder to write to.
       suite: name of the plan's suite; its first when not given.
       steps: updates, for a plan.
@@ -427,9 +429,19 @@ def _run_plot(command: Plot) -> None:
     else:
         table = _telemetry_of(command.source)
         figures = _metrics(table, command) if command.metric else report.figures_of(table)
+        if not command.metric and (command.source / "state.csv").is_file():
+            figures["state"] = _state_of(command.source / "state.csv")
     command.out.mkdir(parents=True, exist_ok=True)
     written = report.write_figures(figures, command.out)
     print("written: " + ", ".join(map(str, written)))
+
+
+def _state_of(path: Path) -> Any:
+    """The values of the nodes, of a vector its first coordinate."""
+    with path.open(newline="", encoding="utf-8") as file:
+        _, *rows = csv.reader(file)
+    axes = plots.state([row[0] for row in rows], np.array([float(row[1]) for row in rows]))
+    return plots.figure_of(axes)
 
 
 def _telemetry_of(source: Path) -> telemetry.Table:

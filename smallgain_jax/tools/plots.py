@@ -29,6 +29,7 @@ _LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _LOWEST_GAP = 1e-16
 _MOST_ENTRIES = 400
+_NAMED = 60
 
 
 def energy(
@@ -437,6 +438,42 @@ def score_cost(
     axes.axhline(0, color="0.35", linewidth=1)
     axes = _finish(axes, "score (value over cost)", legend=bool(len(keys)))
     axes.set_xlabel("cost of a term (energy per unit of x squared)")
+    return axes
+
+
+def state(labels: Sequence[str], x: ArrayLike, ax: "Axes | None" = None) -> "Axes":
+    """The value of every node: a dot beside its name, or a histogram of more than 60 nodes.
+
+    Args:
+      labels: names of the nodes, [n].
+      x: float [n], their values.
+      ax: where to draw; None makes a new figure, `ax.figure`.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: as many names as values are not given.
+      ImportError: matplotlib is missing.
+
+    >>> [tick.get_text() for tick in state(["a", "b"], [0.2, 0.7]).get_yticklabels()]
+    ['a', 'b']
+    """
+    values = np.asarray(x, np.float64)
+    if values.shape != (len(labels),):
+        raise ValueError(f"x has shape {values.shape}, expected ({len(labels)},), that of labels")
+    few = values.size <= _NAMED
+    axes = _axes(ax, 6.4, max(2.4, 0.8 + 0.2 * values.size) if few else 3.6, "Values of the nodes")
+    if few:
+        axes.plot(values, np.arange(values.size), "o", color=OKABE_ITO[0])
+        axes.set_yticks(np.arange(values.size), labels)
+        axes.invert_yaxis()
+    else:
+        axes.hist(values[np.isfinite(values)], bins="auto", color=OKABE_ITO[0])
+        axes.set_ylabel("nodes")
+    axes.set_xlabel("x")
+    axes.grid(True, color="0.9")
+    axes.set_axisbelow(True)
     return axes
 
 
