@@ -341,9 +341,16 @@ def figure(table: Table) -> "Figure":
     panels = new_figure(10, 6.4).subplots(2, 2, sharex=True)
     losses(table, panels[0, 0])
     weights(table, panels[0, 1])
+    sharpness(table, panels[1, 1])
     if any(np.any(np.isfinite(v)) for n, v in table.columns.items() if n.startswith("share:")):
         shares(table, panels[1, 0])
-    sharpness(table, panels[1, 1])
+    else:
+        empty = panels[1, 0]
+        empty.text(0.5, 0.5, "not measured in this run", ha="center", transform=empty.transAxes)
+        empty.set_axis_off()
+    titles = "Losses", "Weights", "Shares of the cost", "Sharpness over the limit, and the guard"
+    for axes, title in zip(panels.flat, titles, strict=True):
+        axes.set_title(title, loc="left", fontsize="medium")
     return figure_of(panels[0, 0])
 
 
