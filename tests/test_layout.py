@@ -14,7 +14,7 @@ pytestmark = pytest.mark.once
 PACKAGE = Path(sg.__file__).parent
 FLOORS = [
     {"_checks", "_show"},
-    {"_tree", "_compiling"},
+    {"_tree", "_compiling", "_canonical"},
     {"spectral", "search"},
     {"allocation", "limits", "penalties", "presets"},
     {"graphs", "losses", "networks", "throttling"},

@@ -132,6 +132,22 @@ def test_priorities_may_be_data_of_a_program():
         np.testing.assert_allclose(each, weights(tuple(one.tolist())), rtol=1e-4)
 
 
+@pytest.mark.once
+def test_a_traced_priority_below_zero_moves_nothing():
+    def moved(priority):
+        optimizer = sg.small_gain(
+            optax.sgd(0.1), quadratics, policy="fair", priorities={"soft": priority}
+        )
+        gradient = jax.grad(lambda x: sum(quadratics(x).values()))(jnp.ones(2))
+        updates, state = optimizer.update(gradient, optimizer.init(jnp.ones(2)), jnp.ones(2))
+        return updates, state.info.skipped
+
+    updates, skipped = jax.jit(moved)(-2.0)
+    assert not np.any(updates)
+    assert skipped == 1
+    assert np.all(jax.jit(moved)(2.0)[0])
+
+
 @pytest.mark.parametrize("priorities", [None, (3.0, 1.0), {"soft": 3.0}])
 def test_fair_shares_follow_priorities_at_a_total_cost_of_one(priorities):
     optimizer = sg.small_gain(

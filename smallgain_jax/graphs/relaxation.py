@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from smallgain_jax._canonical import canonical
 from smallgain_jax._checks import check_optimizer, check_scalar, is_concrete
 from smallgain_jax._compiling import quick_jit
 from smallgain_jax._show import shows
@@ -152,6 +153,7 @@ def relax(
     _check(objective, optimizer, steps, tol, adjoint, metric)
     steps = int(steps)
     better = None if isinstance(metric, str) else metric
+    optimizer = canonical(optimizer)
     problem = Problem(*posed(objective, x0, bounds, args, rows), optimizer, better, record, state)
     data, rest = eqx.partition(problem, lambda leaf: isinstance(leaf, jax.Array | np.ndarray))
     leaves, structure = jax.tree.flatten(rest)

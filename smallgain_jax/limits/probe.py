@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from jax.extend import core
 
+from smallgain_jax._canonical import canonical
 from smallgain_jax._checks import check_optimizer
 from smallgain_jax._compiling import quick_jit
 from smallgain_jax.limits.copies import (
@@ -312,6 +313,7 @@ def probe_optimizer(optimizer: optax.GradientTransformation, params: Any) -> Pro
     38000.0
     """
     check_optimizer("optimizer", optimizer)
+    optimizer = canonical(optimizer)
     leaves: list[Any]
     leaves, treedef = jax.tree.flatten(params)
     shapes = tuple((np.shape(leaf), str(jnp.result_type(leaf))) for leaf in leaves)

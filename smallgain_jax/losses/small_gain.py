@@ -20,6 +20,7 @@ from smallgain_jax._checks import (
     check_fraction,
     check_optimizer,
     check_positive,
+    check_scalar,
     check_target,
     float_dtype,
     is_concrete,
@@ -156,7 +157,8 @@ def loss_small_gain(
         `params`, positive; or, where P is no diagonal (Shampoo, SOAP, natural gradients), a
         function that applies $P^{-1/2}$, symmetric, to a pytree like `params`.
       priorities: p_k, float [K] in the order of the losses, or a dict by their names, ones for
-        those it leaves out; positive, traced or not; None for ones ("fair").
+        those it leaves out; positive (traced ones that are not let every update be skipped); None
+        for ones ("fair").
       floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
@@ -235,6 +237,8 @@ def loss_small_gain(
         axis_name=axis_name,
     )
     _check(settings)
+    if terms.names is not None:
+        settings.ordered(terms.names)
     return _transformation(base_optimizer, terms, settings)
 
 
@@ -356,6 +360,9 @@ def _compute(
     seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, state.weights)
     foreign = held_foreign(state.foreign, seen.fit)
     healthy = _healthy(updates, seen, extra_args.get("value"))
+    if settings.priorities is not None and not is_concrete(settings.priorities):
+        # concrete ones were refused; by these every update is skipped, and counted
+        healthy &= jnp.all(jnp.stack([jnp.asarray(p) > 0 for p in settings.priorities]))
     appeared = _appeared(settings, state, seen.values)
     due = healthy & ((state.wait <= 0) | jnp.any(appeared))
     same = seen if curvature_args is None else seen._replace(gradients=None)
@@ -923,6 +930,7 @@ def _check(settings: Settings) -> None:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
     given = () if settings.priorities is None else settings.priorities
     for k, priority in given.items() if isinstance(given, Mapping) else enumerate(given):
+        check_scalar(f"priorities[{k!r}]", priority)
         check_positive(f"priorities[{k!r}]", priority)
     check_positive("max_gain", settings.max_gain)
     check_bounds("floor", settings.floor, "ceiling", settings.ceiling)
