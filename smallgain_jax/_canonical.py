@@ -70,6 +70,7 @@ def _key(thing: Any, seen: dict[int, int], by_identity: list[Any]) -> Any:
 
     if isinstance(thing, FunctionType):
         named = sorted((thing.__kwdefaults__ or {}).items())
+        by_identity.append(thing.__globals__)
         return (
             thing.__code__,
             id(thing.__globals__),
