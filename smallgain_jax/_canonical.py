@@ -11,6 +11,7 @@ from types import CellType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from smallgain_jax._checks import is_concrete
@@ -96,6 +97,8 @@ def _key(thing: Any, seen: dict[int, int], by_identity: list[Any]) -> Any:
         return type(thing), tuple(map(of, thing))
     if not is_concrete(thing):
         raise _UnknownError
+    if isinstance(thing, jax.Array) and jnp.issubdtype(thing.dtype, jax.dtypes.prng_key):
+        return "key", str(thing.dtype), of(jax.random.key_data(thing))
     if isinstance(thing, np.ndarray | np.generic | jax.Array) and np.size(thing) <= SMALL:
         weak = getattr(thing, "weak_type", False)
         return "array", str(thing.dtype), np.shape(thing), weak, np.asarray(thing).tobytes()

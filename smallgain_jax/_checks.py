@@ -11,6 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.typing import ArrayLike
 
 Numbers: TypeAlias = ArrayLike | Sequence[Any]
@@ -83,7 +84,8 @@ def warn_caller(message: str) -> None:
 
 _LIBRARIES = (
     contextlib.__file__,
-    *(os.path.dirname(file) + os.sep for file in (jax.__file__, eqx.__file__, __file__)),
+    *(os.path.dirname(str(module.__file__)) + os.sep for module in (jax, eqx, optax)),
+    os.path.dirname(__file__) + os.sep,
 )
 
 

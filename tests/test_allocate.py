@@ -443,7 +443,7 @@ def test_many_terms_are_served_by_classes():
     np.add.at(full, rows, cost)
     budget = full * rng.random(num_rows)
     weights = np.asarray(allocate(value, cost, rows, 0 * room, room, budget).weights, float)
-    named = allocate(value, cost, rows, 0 * room, room, budget, bins=16, rounds=2).weights
+    named = allocate(value, cost, rows, 0 * room, room, budget, bins=24, rounds=3).weights
     np.testing.assert_array_equal(weights, np.asarray(named, float))
     both = np.where(rows[:, :1] == rows[:, 1:], np.stack([cost.sum(1), 0 * room], 1), cost)
     best = value @ in_sequence(value, both, rows, room, budget)

@@ -25,6 +25,7 @@ MADE = {
     "array": lambda rate: optax.sgd(lambda count: rate * jnp.ones(())),
     "chain": lambda rate: optax.chain(optax.clip(1.0), optax.sgd(rate)),
     "small_gain": lambda rate: sg.small_gain(optax.sgd(rate), GRAPH),
+    "noise": lambda rate: optax.noisy_sgd(rate, key=jax.random.key(3)),
     "partial": lambda rate: optax.sgd(partial(jnp.multiply, rate)),
 }
 
