@@ -1,10 +1,11 @@
 """Validation of concrete arguments: every message starts with the argument's name."""
 
 import contextlib
+import inspect
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import equinox as eqx
@@ -72,6 +73,32 @@ def _warn_of_nothing(name: str, value: Numbers, dtype: jnp.dtype) -> None:
             "all of it counts as 0; choose another unit, or float64",
             stacklevel=4,
         )
+
+
+def missing_argument(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> str | None:
+    """The name of what `fn(params, *args, **kwargs)` lacks; None for none, or if it cannot be told.
+
+    >>> missing_argument(lambda params, x, y=0: x, (), {})
+    'x'
+    """
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):
+        return None  # a builtin or a C function: calling it will tell
+    try:
+        bound = signature.bind_partial(None, *args, **kwargs)
+    except TypeError:
+        return None  # too many, or of another name: calling it will tell
+    for name, parameter in signature.parameters.items():
+        required = parameter.default is parameter.empty and parameter.kind not in (
+            parameter.VAR_POSITIONAL,
+            parameter.VAR_KEYWORD,
+        )
+        if required and name not in bound.arguments:
+            return name
+    return None
 
 
 def warn_caller(message: str) -> None:

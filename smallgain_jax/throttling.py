@@ -5,7 +5,6 @@ constant of the gradient field stays below two. The throttle watches that consta
 and multiplies the update by $0 < \alpha \le 1$: the direction is the base optimizer's, always.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +22,7 @@ from smallgain_jax._checks import (
     check_fraction,
     check_optimizer,
     check_positive,
+    missing_argument,
     warn_caller,
 )
 from smallgain_jax._show import shows
@@ -246,9 +246,14 @@ def _throttled(
     """The base optimizer's update times alpha."""
     check_call(ThrottleState, updates, state, params)
     raw, base_state = base.update(updates, state.base_state, params, **extra_args)
-    args = extra_args.get("term_args") or ()
-    _check_arguments(settings.loss, args)
-    moved, alpha, usable = _moved(settings, state, params, updates, raw, tuple(args))
+    args = tuple(extra_args.get("term_args") or ())
+    missing = None if settings.loss is None else missing_argument(settings.loss, args, {})
+    if missing is not None:
+        raise TypeError(
+            f"loss: it takes {missing!r} besides params, and update was not given it; hand the "
+            "batch over, as in update(gradient, state, params, term_args=(batch,))"
+        )
+    moved, alpha, usable = _moved(settings, state, params, updates, raw, args)
     if extra_args.get("value") is not None:
         usable &= jnp.all(jnp.isfinite(extra_args["value"]))
     kept = select(usable, cast_like(moved._replace(base_state=base_state), state), state)
@@ -270,23 +275,6 @@ def _is_no_multiple(optimizer: optax.GradientTransformation, params: Any) -> boo
             return not probe_optimizer(optimizer, params).proportional
     except Exception:  # it wants what only an update of a run has
         return False
-
-
-def _check_arguments(loss: Callable[..., jax.Array] | None, args: Any) -> None:
-    """Refuse a batch that is not what the loss takes, before jax's frames are in the way."""
-    if loss is None:
-        return
-    try:
-        signature = inspect.signature(loss)
-    except (TypeError, ValueError):
-        return  # a builtin or a C function: calling it will tell
-    try:
-        signature.bind(None, *args)
-    except TypeError as error:
-        raise TypeError(
-            f"loss: {error}: what it takes besides params is given to update, as in "
-            "update(gradient, state, params, term_args=(batch,))"
-        ) from None
 
 
 def _check(settings: _Settings) -> None:

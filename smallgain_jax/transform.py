@@ -192,5 +192,5 @@ def _check_keywords(
                 f"see {own.__name__}"
             )
         near = difflib.get_close_matches(keyword, known, n=1)
-        guess = f", did you mean {near[0]}?" if near else ""
-        raise TypeError(f"{keyword} is no keyword of {name}{guess} See {own.__name__}")
+        guess = f", did you mean {near[0]}?" if near else ":"
+        raise TypeError(f"{keyword} is no keyword of {name}{guess} see {own.__name__}")

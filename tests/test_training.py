@@ -572,6 +572,12 @@ def test_the_price_of_a_loss_beside_a_stiffer_one_is_seen_without_a_vector_of_it
     np.testing.assert_allclose(cost, [100, 3], rtol=0.1)
 
 
+def priced_in(metric, losses, **settings):
+    """Fair shares of losses that stay where they are, in a metric of the caller's."""
+    settings |= {"policy": "fair", "every": 1, "warmup": 0, "metric": metric, "limit": 1.0}
+    return sg.small_gain(optax.sgd(0.0), losses, **settings)
+
+
 def test_a_metric_may_be_no_diagonal():
     """Kronecker factors as in Shampoo: prices are eigenvalues of P^{-1/2} H_k P^{-1/2}."""
     rng = np.random.default_rng(3)
@@ -594,16 +600,7 @@ def test_a_metric_may_be_no_diagonal():
 
     root = np.kron(*roots)
     tops = [np.linalg.eigvalsh(root @ h @ root)[-1] for h in hessians.values()]
-    optimizer = sg.small_gain(
-        optax.sgd(0.0),
-        losses,
-        policy="fair",
-        every=1,
-        warmup=0,
-        metric=lambda state, params: applied,
-        limit=1.0,
-        iterations=40,
-    )
+    optimizer = priced_in(lambda state, params: applied, losses, iterations=40)
     params = {"w": jnp.ones((3, 2))}
     state, update = optimizer.init(params), jit_well(optimizer.update)
     gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
@@ -620,14 +617,8 @@ def test_a_metric_shaped_like_a_model_that_can_be_called_is_a_diagonal():
     def losses(m):
         return {"a": jnp.sum(m.weight**2), "b": 50 * (jnp.sum(m.weight**2) + jnp.sum(m.bias**2))}
 
-    optimizer = sg.small_gain(
-        optax.sgd(0.0),
-        losses,
-        policy="fair",
-        every=1,
-        warmup=0,
-        metric=lambda state, params: jax.tree.map(lambda p: 4 * jnp.ones_like(p), params),
-        limit=1.0,
+    optimizer = priced_in(
+        lambda state, params: jax.tree.map(lambda p: 4 * jnp.ones_like(p), params), losses
     )
     state = optimizer.init(model)
     gradient = jax.grad(lambda m: sum(losses(m).values()))(model)

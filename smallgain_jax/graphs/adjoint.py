@@ -169,10 +169,9 @@ def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.
     side; what is asked of the answer, by a residual computed afresh, is sqrt(eps).
     """
     eps, limit = jnp.finfo(right.dtype).eps, 10 * right.size + 100
-    norm = vdot(right, precondition(right))
 
     def going(c: Conjugate) -> jax.Array:
-        return (c.norm > eps**1.5 * norm) & (c.steps < limit)
+        return (c.norm > eps**1.5 * c.first) & (c.steps < limit)
 
     def curved(bend: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
         # below the rounding of its own terms a curvature is none
@@ -182,9 +181,9 @@ def solved(product: Product, right: jax.Array, precondition: Product, rows: jax.
     end = conjugate_gradients(product, right, precondition, going, curved)
     rest = right - product(end.solution)
     left = vdot(rest, precondition(rest))
-    relative = jnp.sqrt(left / jnp.where(norm > 0, norm, 1))
+    relative = jnp.sqrt(left / jnp.where(end.first > 0, end.first, 1))
     # not >: a NaN on the way must not pass
-    return Answer(end.solution, end.steps, relative, left <= eps * norm)
+    return Answer(end.solution, end.steps, relative, left <= eps * end.first)
 
 
 class AdjointReport(NamedTuple):

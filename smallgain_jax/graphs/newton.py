@@ -171,11 +171,10 @@ def _newton(
     product = jax.linearize(here.objective.gradient, here.x)[1]
     left = jnp.where(going, priced, 0)
     right = jnp.where(going, 0, -here.gradient - product(left))
-    first, limit = vdot(right, right / prices), 2 * here.x.size + 9
-    eps = jnp.finfo(here.x.dtype).eps
+    limit, eps = 2 * here.x.size + 9, jnp.finfo(here.x.dtype).eps
 
     def proceeding(c: Conjugate) -> jax.Array:
-        return (c.norm > precision**2 * first) & (c.steps < limit)
+        return (c.norm > precision**2 * c.first) & (c.steps < limit)
 
     def curved(bend: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array]:
         majorized = vdot(direction, prices * direction)

@@ -1,6 +1,5 @@
 """The losses of a model as terms: named scalars of any pytree of parameters."""
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -8,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
+from smallgain_jax._checks import missing_argument
 from smallgain_jax._tree import vdot
 
 UNROLLED = 8
@@ -147,24 +147,9 @@ class Losses(eqx.Module):
     def lacks(self, batch: Batch) -> str | None:
         """The name of an argument that the function needs and `batch` has not; None for none."""
         for fn in (self.fn, self.outputs):
-            if fn is None:
-                continue
-            try:
-                signature = inspect.signature(fn)
-            except (TypeError, ValueError):
-                continue  # a builtin or a C function: calling it will tell
-            given = signature.bind_partial
-            try:
-                bound = given(None, *batch.args, **batch.kwargs)
-            except TypeError:
-                continue  # too many, or of another name: calling it will tell
-            for name, parameter in signature.parameters.items():
-                required = parameter.default is parameter.empty and parameter.kind not in (
-                    parameter.VAR_POSITIONAL,
-                    parameter.VAR_KEYWORD,
-                )
-                if required and name not in bound.arguments:
-                    return name
+            missing = None if fn is None else missing_argument(fn, batch.args, batch.kwargs)
+            if missing is not None:
+                return missing
         return None
 
     def names_at(self, params: Any, *args: Any, **kwargs: Any) -> tuple[str, ...]:

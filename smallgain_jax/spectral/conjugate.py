@@ -23,6 +23,7 @@ class Conjugate(NamedTuple):
     residual: jax.Array  # [n] b - A s
     direction: jax.Array  # [n]
     norm: jax.Array  # [] <r, M r>
+    first: jax.Array  # [] the same at the start
     steps: jax.Array  # [] int32, products so far
     sound: jax.Array  # [] bool, what `curved` said of the last direction
 
@@ -66,14 +67,16 @@ def conjugate_gradients(
         norm = vdot(residual, scaled)
         direction = scaled + (norm / c.norm) * c.direction
         solution = c.solution + length * c.direction
-        return Conjugate(solution, residual, direction, norm, c.steps + 1, sound)
+        return Conjugate(solution, residual, direction, norm, c.first, c.steps + 1, sound)
 
     scaled = precondition(right)
+    norm = vdot(right, scaled)
     begin = Conjugate(
         jnp.zeros_like(right) if start is None else start,
         right,
         scaled,
-        vdot(right, scaled),
+        norm,
+        norm,
         jnp.zeros((), jnp.int32),
         jnp.ones((), bool),
     )
