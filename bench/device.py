@@ -45,7 +45,8 @@ STAGES: dict[str, Stage] = {
     "two_cores": Stage(stages.two_cores, 60, cores=2),
     "layouts": Stage(stages.layouts, 20),
     "tests": Stage(stages.tests, 70),
-    "advection": Stage(stages.advection, 600),
+    "rivals": Stage(stages.rivals, 400, dry=200),
+    "published": Stage(stages.published, 600),
 }
 SHORTEST = 5.0
 """Seconds below which a stage is not worth starting."""

@@ -1,5 +1,6 @@
 """The stages of `bench.device`: each notes rows, the most telling first."""
 
+import json
 import os
 import re
 import statistics
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +21,11 @@ import smallgain_jax as sg
 from bench import allocator as allocating
 from bench import relaxation as relaxing
 from bench.training import advection as advecting
-from bench.training import large, overhead
+from bench.training import allen_cahn, embedded, grid, large, overhead, problems
+from bench.training.embedded import Size
 from bench.training.language import Shape
 from bench.training.methods import METHODS
+from bench.training.problems import Problem
 from bench.training.run import Trainer
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.spectral.norms import spectral_bound
@@ -387,27 +391,67 @@ def tests(job: Job, note: Callable[[Row], None]) -> None:
     )
 
 
-def advection(job: Job, note: Callable[[Row], None]) -> None:
-    """The published advection case, gradient norms against fair shares, turn by turn."""
-    tiny = advecting.REDUCED._replace(width=8, layers=2, features=8, points=32, chunks=4)
-    problem = advecting.problem(job.size(advecting.PUBLISHED, tiny))
-    every, rate, seed = job.size(1000, 10), 1e-3, jnp.zeros(1, jnp.int32)
+def published(job: Job, note: Callable[[Row], None]) -> None:
+    """Advection and Allen-Cahn as published: fair shares, gradient norms, equal weights in turn."""
+    tiny = Size(width=8, layers=2, features=8, points=32, chunks=4)
+    cases = (
+        advecting.problem(job.size(advecting.PUBLISHED, advecting.REDUCED._replace(size=tiny))),
+        allen_cahn.problem(job.size(embedded.PUBLISHED, tiny)),
+    )
+    names = ("small_gain", "gradient_norms_1000", "equal")[: job.size(3, 1)]
+    every, rate, seed = job.size(2000, 10), 1e-3, jnp.zeros(1, jnp.int32)
     number = jnp.asarray(rate)
-    runs: dict[str, Any] = {}
-    for name in ("small_gain", "gradient_norms_1000"):
+
+    def ready(problem: Problem, name: str) -> Any:
         start, advance = Trainer(problem, METHODS[name], every).programs(rate, 1)
-        runs[name] = advance, start(seed, number)[0]
-    most = job.size(problem.steps, 2 * every)
-    for first in range(0, most, every):
-        for name, (advance, carry) in runs.items():
+        return advance, start(seed, number)[0]
+
+    keys = [(problem, name) for problem in cases for name in names]
+    with ThreadPoolExecutor(len(keys)) as pool:  # what takes long is the compiler, on one core each
+        runs = list(pool.map(lambda key: ready(*key), keys))
+    for first in range(0, job.size(cases[0].steps, 2 * every), every):
+        for place, (problem, name) in enumerate(keys):
+            advance, carry = runs[place]
             before = time.perf_counter()
             carry, measured = jax.block_until_ready(advance(carry, seed, jnp.int32(first), number))
             spent = time.perf_counter() - before
-            runs[name] = advance, carry
-            row = {"method": name, "steps": first + every, "ms_a_step": 1e3 * spent / every}
-            weights = np.asarray(measured["weights"])[0].tolist()
-            error = float(measured["relative_l2"][0])
-            note(row | {"relative_l2": error, "weights": weights})
+            runs[place] = advance, carry
+            row = {"case": problem.name, "method": name, "steps": first + every}
+            row |= {"ms_a_step": 1e3 * spent / every}
+            row |= {"relative_l2": float(measured["relative_l2"][0])}
+            note(row | {"weights": np.asarray(measured["weights"])[0].tolist()})
         # two turns are as long as the last two: stop before they would be cut
         if time.monotonic() > job.end:
             return
+
+
+LENGTHS = {"advection": 5_000, "allen_cahn": 6_000}
+"""Steps where not the problem's own."""
+
+
+def rivals(job: Job, note: Callable[[Row], None]) -> None:
+    """All methods, rates and seeds on every network with physics; ours and others side by side."""
+    cases = job.size(problems.PHYSICS, ("flow",))
+    quick = ("--steps", "4", "--every", "2", "--seeds", "1", "--rates", "1e-3")
+    environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    environment |= {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+    ours = (*grid.OURS, "momentum_config")
+    sides = {"ours": ours, "rivals": tuple(name for name in grid.RIVALS if name not in ours)}
+    started = {}
+    for case in cases:
+        steps = LENGTHS.get(case, problems.make(case).steps)
+        for side, methods in sides.items():
+            out = job.out / f"rivals_{case}_{side}.json"
+            command = [sys.executable, "-m", "bench.training.grid", "--case", case]
+            command += ["--out", str(out), "--steps", str(steps), *job.size((), quick)]
+            command += ["--methods", *job.size(methods, methods[:2])]
+            started[out] = subprocess.Popen(command, env=environment)
+    for process in started.values():
+        try:
+            process.wait(timeout=max(job.end - time.monotonic(), 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    for out in started:
+        if out.exists():
+            note(json.loads(out.read_text()))
+            out.unlink()

@@ -35,7 +35,7 @@ def solution(t: np.ndarray, x: np.ndarray, nodes: int = 120) -> np.ndarray:
 
 def residual(params: Params, x: jax.Array) -> jax.Array:
     """u_t + u u_x - nu u_xx at points (t, x) [N, 2]."""
-    u, u_t, u_x, u_xx = derivatives(params, x, second=(1,))
+    u, u_t, u_x, u_xx = derivatives(params, x, second=(0.0, 1.0))[..., 0]
     return u_t + u * u_x - VISCOSITY * u_xx
 
 

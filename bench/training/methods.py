@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import optax
 
-from bench.training import aggregate, peers
+from bench.training import aggregate, momentum, peers
 from bench.training.peers import Peer
 from bench.training.problems import Problem
 
@@ -21,6 +21,7 @@ class Method(NamedTuple):
     make: Callable[[Problem, Any], tuple[optax.GradientTransformation, Peer | None]]
     traced_rate: bool = True  # one program for all rates
     lanes: bool = True  # seeds may run side by side: no branch depends on the state
+    one_by_one: bool = False  # a step is K updates, each by the gradient of one loss, its `turn`
 
 
 def small_gain(problem: Problem, rate: Any, **settings: Any) -> tuple[Any, None]:
@@ -46,6 +47,15 @@ def _uncertainty(problem: Problem, rate: Any) -> tuple[Any, Peer]:
     return problem.optimizer(rate), peers.uncertainty(problem.optimizer(rate))
 
 
+def _momentum_config(problem: Problem, rate: Any) -> tuple[Any, None]:
+    """K updates a step, so that the rate falls by steps and not by updates."""
+    terms, scheduled = len(problem.losses.names or ()), problem.schedule(rate)
+    falling = callable(scheduled)
+    by_steps = (lambda count: scheduled(count // terms)) if falling else scheduled
+    direction = momentum.scale_by_momentum_config(terms)
+    return optax.chain(direction, optax.scale_by_learning_rate(by_steps)), None
+
+
 METHODS: dict[str, Method] = {
     "equal": _against(peers.fixed()),
     "gradient_norms": _against(peers.gradient_norms()),
@@ -63,6 +73,7 @@ METHODS: dict[str, Method] = {
     "cagrad": _against(peers.surgery(aggregate.cagrad)),
     "config": _against(peers.surgery(aggregate.config)),
     "mgda": _against(peers.surgery(aggregate.mgda)),
+    "momentum_config": Method(_momentum_config, one_by_one=True),
     "small_gain": Method(small_gain, traced_rate=False, lanes=False),
     "small_gain_anneal": Method(annealed, traced_rate=False, lanes=False),
     "small_gain_reference": Method(

@@ -23,21 +23,21 @@ def tanh_network(params: Params, x: jax.Array) -> jax.Array:
     return x
 
 
-def derivatives(params: Params, x: jax.Array, second: tuple[int, ...]) -> jax.Array:
-    """Value, first derivatives, and a sum of second ones, of a scalar network.
+def derivatives(params: Params, x: jax.Array, second: tuple[float, ...]) -> jax.Array:
+    r"""Values, first derivatives, and a weighted sum of second ones, of a network.
 
-    Forward mode over forward mode, written out: the value, the derivative along each input, and the
-    sum of the second derivatives along the inputs `second` go through the layers side by side
-    (Li et al., *A computational framework for neural network-based variational Monte Carlo with
-    forward Laplacian*, Nature Machine Intelligence 2024).
+    Forward mode over forward mode, written out: the value, the derivative along each input, and
+    $\sum_k c_k \partial^2 / \partial x_k^2$ go through the layers side by side (Li et al., *A
+    computational framework for neural network-based variational Monte Carlo with forward
+    Laplacian*, Nature Machine Intelligence 2024).
 
     Args:
-      params: of a network with one output.
+      params: of a network with m outputs.
       x: inputs [N, d].
-      second: inputs whose second derivatives are summed.
+      second: the factors c [d] of the second derivatives.
 
     Returns:
-      [2 + d, N]: the value, d first derivatives, the sum of second derivatives.
+      [2 + d, N, m]: the values, d first derivatives, the sum of second derivatives.
     """
     (weight, bias), *rest = params
     # the first layer is affine in x: its derivatives are its rows, and its second ones are 0
@@ -46,11 +46,11 @@ def derivatives(params: Params, x: jax.Array, second: tuple[int, ...]) -> jax.Ar
     for weight, bias in rest:
         t = jnp.tanh(value)
         slope = 1 - t * t
-        bent = -2 * t * sum(firsts[k] * firsts[k] for k in second)
+        bent = -2 * t * sum(c * f * f for c, f in zip(second, firsts, strict=True) if c)
         bent = slope * (bent if second_sum is None else bent + second_sum)
         value = t @ weight + bias[None, :]
         firsts = [(slope * first) @ weight for first in firsts]
         second_sum = bent @ weight
     if second_sum is None:
         second_sum = jnp.zeros_like(value)
-    return jnp.concatenate([value, *firsts, second_sum], axis=1).T
+    return jnp.stack([value, *firsts, second_sum])

@@ -23,6 +23,7 @@ class Problem(NamedTuple):
     optimizer: Callable[[Any], optax.GradientTransformation]  # the base optimizer at a rate
     steps: int
     rates: tuple[float, ...]
+    schedule: Callable[[Any], Any] = lambda rate: rate  # what the optimizer makes of its rate
 
 
 def kernel_trace(
@@ -45,21 +46,39 @@ def value_and_term_grads(problem: Problem, params: Any, *args: Any) -> tuple[jax
     The numbers are those of `Losses.value_and_term_grads`, whose batched pass goes through all
     terms K times; terms that share no computation are cheaper apart.
     """
-    names = problem.losses.names_at(params, *args)
-
-    def term(name: str) -> Callable[[Any], jax.Array]:
-        return lambda p: problem.losses.fn(p, *args)[name]
-
-    values, grads = zip(*(jax.value_and_grad(term(name))(params) for name in names), strict=True)
+    rows = [of_one(params, *args) for of_one in each_value_and_grad(problem, params, *args)]
+    values, grads = zip(*rows, strict=True)
     return jnp.stack(values), jax.tree.map(lambda *leaves: jnp.stack(leaves), *grads)
+
+
+def each_value_and_grad(problem: Problem, params: Any, *args: Any) -> list[Callable[..., Any]]:
+    """For each loss, (params, *args) -> its value and gradient."""
+
+    def of_one(name: str) -> Callable[..., Any]:
+        return jax.value_and_grad(lambda p, *given: problem.losses.fn(p, *given)[name])
+
+    return [of_one(name) for name in problem.losses.names_at(params, *args)]
 
 
 def make(name: str) -> Problem:
     """The problem of that name."""
-    from bench.training import advection, burgers, digits, helmholtz, large, quadratics
+    from bench.training import (
+        advection,
+        allen_cahn,
+        burgers,
+        digits,
+        equations,
+        helmholtz,
+        large,
+        quadratics,
+    )
 
     makers = {
         "advection": advection.problem,
+        "allen_cahn": allen_cahn.problem,
+        "wave": equations.wave,
+        "heat": equations.heat,
+        "flow": equations.flow,
         "helmholtz": helmholtz.problem,
         "burgers": burgers.problem,
         "quadratics": quadratics.problem,
@@ -69,5 +88,7 @@ def make(name: str) -> Problem:
     return makers[name]()
 
 
-NAMES = ("helmholtz", "burgers", "quadratics", "digits", "advection")
+PHYSICS = ("helmholtz", "burgers", "advection", "allen_cahn", "wave", "heat", "flow")
+"""Physics-informed networks: losses in units that nobody chose."""
+NAMES = (*PHYSICS, "quadratics", "digits")
 """Those on which methods are compared; the large one is there for times."""

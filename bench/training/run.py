@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from bench.run import about
 from bench.training import problems
 from bench.training.methods import METHODS, Method
 from bench.training.peers import Sight, combine
-from bench.training.problems import Problem, value_and_term_grads
+from bench.training.problems import Problem, each_value_and_grad, value_and_term_grads
 
+Step = Callable[[Any, jax.Array, jax.Array], Any]
+"""(carry, seed, index of the step) -> (carry, weights [K])."""
 LANES = ("loop", "vmap")
 BATCHES = 1 << 20  # a child of the seed's key that no start uses
 
@@ -101,7 +103,7 @@ class Trainer:
         names = list(tables[0][0])
         metrics = {
             name: [
-                [_number(x) for table in tables for x in np.atleast_1d(table[row][name])]
+                [number(x) for table in tables for x in np.atleast_1d(table[row][name])]
                 for row in range(len(tables[0]))
             ]
             for name in names
@@ -111,7 +113,7 @@ class Trainer:
         return {
             "steps": list(range(0, steps + 1, self.every)),
             "metrics": metrics,
-            "weights": [[_number(w) for w in row] for row in weights],
+            "weights": [[number(w) for w in row] for row in weights],
             "lanes": self.lanes,
             "compile_s": compile_s,
             "run_s": seconds,
@@ -125,10 +127,10 @@ class Trainer:
             traced = self.method.traced_rate
 
             def start(seeds: jax.Array, given: jax.Array) -> Any:
-                return jax.vmap(lambda s: self._start(s, given if traced else rate))(seeds)
+                return jax.vmap(lambda s: self.start(s, given if traced else rate))(seeds)
 
             def advance(carry: Any, seeds: jax.Array, first: jax.Array, given: jax.Array) -> Any:
-                return self._advance(carry, seeds, first, given if traced else rate)
+                return self.advance(carry, seeds, first, given if traced else rate)
 
             seeds, number = jnp.zeros(lanes, jnp.int32), jnp.asarray(rate)
             compiled_start = jax.jit(start).lower(seeds, number).compile()
@@ -157,37 +159,17 @@ class Trainer:
             )
             yield metrics
 
-    def _start(self, seed: jax.Array, rate: Any) -> Any:
+    def start(self, seed: jax.Array, rate: Any) -> Any:
+        """What training carries from step to step, and the metrics at the start."""
         params = self.problem.init(seed)
         optimizer, peer = self.method.make(self.problem, rate)
         terms = len(self.problem.losses.names or ())
         state = () if peer is None else peer.init(terms)
         return (params, optimizer.init(params), state), self.problem.metrics(params)
 
-    def _advance(self, carry: Any, seeds: jax.Array, first: jax.Array, rate: Any) -> Any:
-        optimizer, peer = self.method.make(self.problem, rate)
-
-        def step(carry: Any, seed: jax.Array, index: jax.Array) -> Any:
-            params, state, weighing = carry
-            stream = jax.random.fold_in(jax.random.key(seed), BATCHES)
-            for_batch, for_peer = jax.random.split(jax.random.fold_in(stream, index))
-            args = self.problem.batch(for_batch)
-            values, grads = value_and_term_grads(self.problem, params, *args)
-            if peer is None:
-                total = jax.tree.map(lambda g: g.sum(axis=0), grads)
-                given = {"term_grads": grads, "term_values": values, "term_args": args}
-                updates, state = optimizer.update(total, state, params, **given)
-                weights = optax.tree.get(state, "weights", jnp.ones_like(values))
-            else:
-
-                def traces() -> jax.Array:
-                    assert self.problem.traces is not None
-                    return self.problem.traces(params, *args)
-
-                sight = Sight(values, grads, index, for_peer, traces)
-                weights, weighing = peer.weigh(sight, weighing)
-                updates, state = optimizer.update(combine(weights, grads), state, params)
-            return (optax.apply_updates(params, updates), state, weighing), weights
+    def advance(self, carry: Any, seeds: jax.Array, first: jax.Array, rate: Any) -> Any:
+        """`every` steps from step `first` on, and the metrics after them, for each seed."""
+        step = self._turns(rate) if self.method.one_by_one else self._step(rate)
 
         def together(carry: Any, index: jax.Array) -> Any:
             if self.lanes == "loop":
@@ -201,8 +183,63 @@ class Trainer:
         metrics = jax.vmap(self.problem.metrics)(carry[0])
         return carry, metrics | {"weights": weights[-1]}
 
+    def _step(self, rate: Any) -> Step:
+        """A step with the gradients of all losses."""
+        optimizer, peer = self.method.make(self.problem, rate)
 
-def _number(x: Any) -> float | None:
+        def step(carry: Any, seed: jax.Array, index: jax.Array) -> Any:
+            params, state, weighing = carry
+            for_batch, for_peer = keys(seed, index)
+            args = self.problem.batch(for_batch)
+            values, grads = value_and_term_grads(self.problem, params, *args)
+            if peer is None:
+                total = jax.tree.map(lambda g: g.sum(axis=0), grads)
+                given = {"term_grads": grads, "term_values": values, "term_args": args}
+                updates, state = optimizer.update(total, state, params, **given)
+                weights = optax.tree.get(state, "weights", jnp.ones_like(values))
+            else:
+                sight = seen(self.problem, params, args, values, grads, index, for_peer)
+                weights, weighing = peer.weigh(sight, weighing)
+                updates, state = optimizer.update(combine(weights, grads), state, params)
+            return (optax.apply_updates(params, updates), state, weighing), weights
+
+        return step
+
+    def _turns(self, rate: Any) -> Step:
+        """A step of one update for each loss, each by the gradient of that loss alone."""
+        optimizer, _ = self.method.make(self.problem, rate)
+
+        def step(carry: Any, seed: jax.Array, index: jax.Array) -> Any:
+            args = self.problem.batch(keys(seed, index)[0])
+            params, state, weighing = carry
+            for turn, of_one in enumerate(each_value_and_grad(self.problem, params, *args)):
+                _, gradient = of_one(params, *args)
+                updates, state = optimizer.update(gradient, state, params, turn=jnp.int32(turn))
+                params = optax.apply_updates(params, updates)
+            return (params, state, weighing), jnp.ones(turn + 1)
+
+        return step
+
+
+def keys(seed: jax.Array, index: jax.Array) -> jax.Array:
+    """The keys of a step's batch and of its weights."""
+    stream = jax.random.fold_in(jax.random.key(seed), BATCHES)
+    return jax.random.split(jax.random.fold_in(stream, index))
+
+
+def seen(
+    problem: Problem, params: Any, args: Any, values: Any, grads: Any, index: Any, key: Any
+) -> Sight:
+    """What a rival sees at a step."""
+
+    def traces() -> jax.Array:
+        assert problem.traces is not None
+        return problem.traces(params, *args)
+
+    return Sight(values, grads, index, key, traces)
+
+
+def number(x: Any) -> float | None:
     """A number for JSON, where what diverged is null."""
     return float(x) if math.isfinite(x) else None
 
