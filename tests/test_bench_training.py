@@ -14,11 +14,16 @@ import smallgain_jax as sg
 from bench.training import (
     advection,
     aggregate,
+    allen_cahn,
     burgers,
     digits,
     edge,
+    embedded,
+    equations,
+    grid,
     helmholtz,
     large,
+    momentum,
     overhead,
     peers,
     problems,
@@ -257,6 +262,44 @@ def test_weights_follow_their_formulas(eps):
         np.testing.assert_allclose(played[name], wanted[name], rtol=200 * eps, err_msg=name)
 
 
+def test_momenta_one_loss_at_a_time(eps):
+    """M-ConFIG against a transcription with the pseudo-inverse in the space of parameters."""
+    rng = np.random.default_rng(2)
+    gradients, params = rng.normal(size=(11, 5)), {"a": jnp.zeros(2), "b": jnp.zeros((3, 1))}
+    rule = momentum.scale_by_momentum_config(3, b1=0.8, b2=0.95)
+
+    def split(g):
+        return {"a": g[:2], "b": g[2:].reshape(3, 1)}
+
+    @jax.jit
+    def play(gradients):
+        state, found = rule.init(params), []
+        for step, g in enumerate(gradients):
+            updates, state = rule.update(split(g), state, params, turn=jnp.int32(step % 3))
+            found.append(jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(updates)]))
+        return jnp.stack(found)
+
+    found = np.asarray(play(jnp.asarray(gradients, jnp.result_type(float))), float)
+    momenta, last, second = np.zeros((3, 5)), np.zeros(5), np.zeros(5)
+    for step, g in enumerate(gradients):
+        momenta[step % 3] = 0.8 * momenta[step % 3] + 0.2 * g
+        if step < 2:
+            np.testing.assert_array_equal(found[step], 0)
+            continue
+        turns = np.array([(step - k) // 3 + 1 for k in range(3)])
+        unbiased = momenta / (1 - 0.8**turns)[:, None]
+        units = unbiased / np.linalg.norm(unbiased, axis=1, keepdims=True)
+        along = np.linalg.pinv(units) @ np.ones(3)
+        along /= np.linalg.norm(along)
+        direction = (unbiased @ along).sum() * along
+        count = step - 1
+        pseudo = direction * (1 - 0.8**count)
+        second = 0.95 * second + 0.05 * ((pseudo - 0.8 * last) / 0.2) ** 2
+        last = pseudo
+        wanted = direction / (np.sqrt(second / (1 - 0.95**count)) + 1e-8)
+        np.testing.assert_allclose(found[step], wanted, rtol=2e4 * eps, atol=2e3 * eps)
+
+
 def test_combination_is_the_weighted_sum(eps):
     grads = {"a": np.arange(6.0).reshape(3, 2), "b": np.ones((3, 2, 2), np.float16)}
     out = jax.jit(peers.combine)(jnp.array([1.0, 2.0, 0.5]), grads)
@@ -432,6 +475,27 @@ def test_runner_resumes_and_lanes_agree(tmp_path, capsys):
 
 
 @pytest.mark.once
+def test_a_grid_is_its_runs(tmp_path):
+    common = ["--case", "quadratics", "--seeds", "2", "--steps", "4", "--every", "2"]
+    common += ["--rates", "0.005", "0.002", "--methods", "equal", "uncertainty", "pcgrad"]
+    common += ["momentum_config", "small_gain"]
+    for run in (running, grid):
+        run.main([*common, "--out", str(tmp_path / f"{run.__name__}.json")])
+    one, other = (
+        json.loads((tmp_path / f"{r.__name__}.json").read_text()) for r in (running, grid)
+    )
+    assert one["settings"] == other["settings"]
+    assert one["cells"].keys() == other["cells"].keys()
+    for key, cell in one["cells"].items():
+        found = other["cells"][key]
+        assert found["steps"] == cell["steps"] == [0, 2, 4]
+        for name, values in cell["metrics"].items():
+            np.testing.assert_allclose(found["metrics"][name], values, rtol=1e-4, err_msg=key)
+        np.testing.assert_allclose(found["weights"], cell["weights"], rtol=1e-4, err_msg=key)
+    assert reporting.table(other).count("\n") == reporting.table(one).count("\n")
+
+
+@pytest.mark.once
 def test_runner_feeds_a_transformation(tmp_path, monkeypatch):
     seen = []
 
@@ -545,8 +609,91 @@ def test_advection_at_its_solution(eps, x64):
     np.testing.assert_allclose(found, slope, atol=(1e-6 if x64 else 0.1) * np.abs(slope).max())
     # the causal weight of a time is exp(-tolerance * residuals before it)
     chunk = np.square(np.asarray(found, float)).reshape(4, -1).mean(axis=1)
-    causal = np.exp(-advection.TOLERANCE * (np.cumsum(chunk) - chunk))
+    causal = np.exp(-embedded.TOLERANCE * (np.cumsum(chunk) - chunk))
     values = jax.jit(problem.losses.values)(params, inside)
     np.testing.assert_allclose(values[0], (causal * chunk).mean(), rtol=1e4 * eps)
     along = np.linspace(0, 1, 5)[:, None] * [1, setting.speed] + [0, 0.3]
     np.testing.assert_allclose(advection.exact(along, setting.speed), np.sin(0.3))
+
+
+@pytest.mark.x64
+@pytest.mark.parametrize("name", ["wave", "heat", "flow"])
+def test_equations_and_their_solutions(name):
+    """What is left of an equation, of a network and of the exact solution, by autodiff."""
+    problem = problems.make(name)
+    decay = equations.REYNOLDS / 2 - np.sqrt(equations.REYNOLDS**2 / 4 + 4 * np.pi**2)
+
+    def exact(z):
+        if name == "flow":
+            pressure = 0.5 * (1 - jnp.exp(2 * decay * z[:1]))
+            return jnp.concatenate([equations.velocities(z[None])[0], pressure])
+        return {"wave": equations.vibration, "heat": equations.warmth}[name](z[None])
+
+    def left(u, z):
+        """The residuals of a field [m] at a point, those of a loss in a row."""
+        value, slope, bent = u(z), jax.jacfwd(u)(z), jax.hessian(u)(z)
+        if name == "wave":
+            return [bent[:, 0, 0] - 4 * bent[:, 1, 1]]
+        laplacian = bent[:, 0, 0] + bent[:, 1, 1]
+        if name == "heat":
+            source = 50 * (4 * np.pi**2 + 9) * exact(z)
+            return [50 * laplacian + source]
+        carried = slope[:2] @ value[:2]
+        continuity = slope[0, 0] + slope[1, 1]
+        return [carried + slope[2] - laplacian[:2] / equations.REYNOLDS, continuity[None]]
+
+    @jax.jit
+    def measure():
+        params = problem.init(0)
+        points = problem.batch(jax.random.key(0))
+        few = tuple(p[:7] for p in points)
+        scale = equations.HOTTEST if name == "heat" else 1.0
+
+        def field(z):
+            return scale * tanh_network(params, z)
+
+        def squares(u, at):
+            rows = jax.vmap(lambda z: left(u, z))(at)
+            return jnp.stack([jnp.mean(row**2) for row in rows])
+
+        losses = problem.losses.values(params, *few)
+        inside = squares(field, few[0])
+        return losses[: inside.size], inside, squares(exact, points[0]), points, losses
+
+    mine, oracle, solution, points, losses = measure()
+    np.testing.assert_allclose(mine, oracle, rtol=1e-9)
+    assert np.all(np.asarray(solution) < 1e-18 * np.asarray(losses[0]) + 1e-20)
+    # what is given on the edges lies on them
+    ends = {"wave": (points[2][:, 0], [0]), "heat": (points[2][:, 1], [1])}
+    if name in ends:
+        np.testing.assert_array_equal(np.unique(ends[name][0]), ends[name][1])
+    else:
+        x, y = points[2].T
+        assert np.all((x == -0.5) | (x == 1) | (y == -0.5) | (y == 1.5))
+
+
+@pytest.mark.x64
+def test_allen_cahn_and_its_solution():
+    """The residual by second derivatives; the reference by half as many modes."""
+    problem = allen_cahn.problem(Size(6, 2, 6, 32, 4))
+
+    @jax.jit
+    def measure():
+        params = problem.init(0)
+        at = problem.batch(jax.random.key(0))[0][:5]
+
+        def u(z):
+            return allen_cahn.network(params, z[None])[0]
+
+        slope, bent = jax.vmap(jax.grad(u))(at), jax.vmap(jax.hessian(u))(at)
+        value = jax.vmap(u)(at)
+        wanted = slope[:, 0] - 1e-4 * bent[:, 1, 1] + 5 * value**3 - 5 * value
+        return allen_cahn.residual(params, at), wanted
+
+    found, wanted = measure()
+    np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+    truth = allen_cahn.reference()
+    x = 2 * np.arange(512) / 512 - 1
+    np.testing.assert_allclose(truth[0], x**2 * np.cos(np.pi * x), atol=1e-12)
+    coarse = allen_cahn.reference(512)
+    assert np.linalg.norm(coarse - truth) < 2e-5 * np.linalg.norm(truth)
