@@ -57,4 +57,4 @@ def test_importing_loads_no_tool():
         check=True,
     ).stdout.split()
     assert not [name for name in found if name.startswith("smallgain_jax.tools.")]
-    assert not {"scipy.optimize", "matplotlib", "tyro", "msgspec"} & set(found)
+    assert not {"scipy.optimize", "scipy.sparse", "matplotlib", "tyro", "msgspec"} & set(found)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-import scipy.sparse
+import scipy  # its `sparse` is loaded where it is first used: 0.2 s
 
 from smallgain_jax.graphs.families import FAMILIES, EdgeFamily, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
