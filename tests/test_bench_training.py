@@ -553,6 +553,36 @@ def test_report_marks_the_best():
 
 
 @pytest.mark.once
+def test_report_compares_at_the_last_common_step():
+    def cell(method, rate, *errors):
+        return {
+            "method": method,
+            "rate": rate,
+            "metrics": {"error": [[e, e] for e in errors]},
+            "steps": [0, 5, 10][: len(errors)],
+            "ms_per_step": 1.0,
+        }
+
+    def report(case, *cells):
+        settings = {"case": case, "metric": "error"}
+        keyed = {f"{c['method']} {c['rate']}": c for c in cells}
+        return {"settings": settings, "cells": keyed}
+
+    ours, theirs = cell("small_gain", 1, 9.0, 2.0, 1.0), cell("equal", 1, 9.0, 4.0)
+    reports = [
+        report("one", ours, theirs),
+        report("one", cell("equal", 2, 9.0, 3.0)),
+        report("two", cell("small_gain", 1, 9.0, None), cell("equal", 1, 9.0, 8.0)),
+        report("two", cell("small_gain", 1, 9.0, 4.0)),
+    ]
+    rows = reporting.compared(reporting.together(reports), "small_gain")
+    assert rows == [
+        {"method": "fair", "one 5": 2.0, "two 5": 4.0, "over": 1.0, "worst": 1.0},
+        {"method": "equal weights", "one 5": 3.0, "two 5": 8.0, "over": 1.75, "worst": 1.5},
+    ]
+
+
+@pytest.mark.once
 def test_factors_of_losses_are_what_their_kind_says():
     drawn = {kind: units.factors_of(kind, 3, 40) for kind in units.KINDS}
     assert {factors.shape for factors in drawn.values()} == {(40, 3)}

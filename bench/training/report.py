@@ -1,5 +1,8 @@
 """Markdown from a run: `python -m bench.training.report FILE.json ... [--metric NAME] [--out F]`.
 
+With `--against METHOD` one table of all files: a row a method, a column a problem, each after the
+last step that all its methods have reached.
+
 Each method stands at its own best rate of the grid, the one with the lowest median over seeds;
 seeds that diverged count as infinite. The spread is the distance between the quartiles. Marked are
 the best median, and those that lie within one spread of it, the lesser of their own and the best's.
@@ -13,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from bench.report import markdown
 
 SAID = {
     "equal": "equal weights",
@@ -28,14 +33,69 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--metric", help="default: the one that ranks the problem's methods")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--against", help="a method, whose figures the others' are divided by")
     options = parser.parse_args(argv)
-    reports = [json.loads(file.read_text()) for file in options.files]
-    for report in reports:
-        print(table(report, options.metric))
-    if options.out is not None:
+    read = [json.loads(file.read_text()) for file in options.files]
+    # a stage of bench.device has a report in each row
+    reports = [report for file in read for report in file.get("rows", [file])]
+    if options.against is None:
+        for report in reports:
+            print(table(report, options.metric))
         rows = [medians(report, options.metric) for report in reports]
-        found = {"about": reports[0]["about"], "runs": [r["about"]["command"] for r in reports]}
+    else:
+        rows = compared(together(reports), options.against)
+        print(markdown(rows))
+    if options.out is not None:
+        runs = [report["about"]["command"] for report in reports]
+        found = {"about": reports[0]["about"], "runs": runs}
         options.out.write_text(json.dumps(found | {"rows": rows}, indent=1) + "\n")
+
+
+def together(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Reports of one problem as one; of a method and rate that two have, the later's."""
+    found: dict[str, dict[str, Any]] = {}
+    for report in reports:
+        case = report["settings"]["case"]
+        old = found.get(case, report)
+        found[case] = report | {"cells": old["cells"] | report["cells"]}
+    return list(found.values())
+
+
+def compared(reports: list[dict[str, Any]], against: str) -> list[dict[str, Any]]:
+    """A row a method: median of the seeds at its best rate, by problem, and over `against`'s.
+
+    "over" is the median over problems of that ratio, "worst" the least: the problem on which
+    `against` loses most to the method. A column is a problem and the steps after which it stands.
+    """
+    columns: dict[str, dict[str, float]] = {}
+    for report in reports:
+        settings, cells = report["settings"], list(report["cells"].values())
+        last = dict.fromkeys({cell["method"] for cell in cells}, 0)
+        for cell in cells:
+            last[cell["method"]] = max(last[cell["method"]], cell["steps"][-1])
+        step = min(last.values())
+        best = best_rates([until(cell, step) for cell in cells], settings["metric"])
+        columns[f"{settings['case']} {step}"] = {m: row["median"] for m, row in best.items()}
+    methods = sorted({name for column in columns.values() for name in column})
+    rows = []
+    for name in methods:
+        row: dict[str, Any] = {"method": SAID.get(name, name)}
+        row |= {key: column.get(name) for key, column in columns.items()}
+        pairs = [(c[name], c[against]) for c in columns.values() if {name, against} <= c.keys()]
+        ratios = [theirs / ours for theirs, ours in pairs]
+        rows.append(row | {"over": float(np.median(ratios)), "worst": float(min(ratios))})
+    rows.sort(key=lambda row: row["over"])
+    return [{k: _finite(v) for k, v in row.items()} for row in rows]
+
+
+def until(cell: dict[str, Any], step: int) -> dict[str, Any]:
+    """A cell as if its run had ended at that step."""
+    end = cell["steps"].index(step) + 1
+    return cell | {"metrics": {name: rows[:end] for name, rows in cell["metrics"].items()}}
+
+
+def _finite(x: Any) -> Any:
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def table(report: dict[str, Any], metric: str | None = None) -> str:
