@@ -18,6 +18,7 @@ import optax
 from smallgain_jax._checks import cast_like, check_call, float_dtype
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
+from smallgain_jax.graphs.contact import Model, minimum
 from smallgain_jax.graphs.graph import Evaluation, alike
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.graphs.step import Here, prices_of, searched
@@ -44,6 +45,12 @@ They are orthogonal where directions are conjugate. A direction conjugate to one
 followed spoils all that come after it: without a restart conjugate gradients converge no faster
 than steepest descent (Crowder and Wolfe 1972).
 """
+
+FORCING = 1e-2
+"""To what part of its start a model in a box is minimized before anything is known of it."""
+
+LOOSEST = 0.1
+"""The same at most."""
 
 SUFFICIENT_ANGLE = 0.1
 """A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
@@ -81,6 +88,16 @@ class Renewable(Protocol):
         """The map for these arguments, made from `values` where those still serve."""
 
 
+@runtime_checkable
+class Modelled(Renewable, Protocol):
+    """A renewable metric that is the inverse of a quadratic model which it can also multiply by."""
+
+    def model(
+        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array
+    ) -> tuple[Model, Any]:
+        """The model at x, and `values` as far as its cycle may start from them."""
+
+
 @shows()
 class DescentInfo(NamedTuple):
     """What a reader of one step may want to know."""
@@ -108,6 +125,7 @@ class MajorizedDescentState(NamedTuple):
     direction: jax.Array  # [n]
     unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED
     stalled: jax.Array  # [] bool, the next step would stay here as well
+    forcing: jax.Array  # [] to what part of its start a model in a box is minimized next
     metric_values: Any  # of a metric that keeps them, such as a hierarchy; else None
     info: DescentInfo
 
@@ -233,6 +251,7 @@ def _zero_state(params: Any, metric: Metric | None) -> MajorizedDescentState:
         direction=like(),
         unclipped=jnp.full((), SETTLED, jnp.int32),
         stalled=jnp.zeros((), bool),
+        forcing=scalar(FORCING),
         metric_values=metric.blank(like()) if isinstance(metric, Renewable) else None,
         info=info,
     )
@@ -243,9 +262,11 @@ def _step(
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
     prices = prices_of(here, free)
-    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
-    direction, restarted = _direction(here, state, free, scaled)
-    length = _length(here, free, direction, prices)
+    aim = _towards(here, state, free, prices, metric)
+    direction, restarted = _direction(here, state, free, aim.scaled)
+    direction = jnp.where(aim.touches, -aim.scaled, direction)
+    restarted |= aim.touches
+    length = _length(here, aim, free, direction, prices)
     search = searched(here, direction * length, max_backtracks)
 
     moved, reached = search.trial.aux
@@ -272,14 +293,72 @@ def _step(
         rows=state.rows,
         prices=here.rows,
         descent_gradient=free,
-        scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
+        scaled_norm=jnp.where(accepted & ~aim.touches, vdot(aim.scaled, free), 0),
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
         stalled=stalled,
-        metric_values=kept,
+        forcing=_forcing(here, state, aim, accepted, moved, reached.gradient),
+        metric_values=aim.kept,
         info=info,
     )
     return step, new_state
+
+
+class _Aim(NamedTuple):
+    """Where a metric would go."""
+
+    scaled: jax.Array  # like x, z: the way back from there
+    kept: Any  # the metric's values
+    bend: jax.Array  # [] z^T M z, of a model in a box
+    touches: jax.Array  # [] bool, other nodes are at bounds there than here
+    product: Callable[[jax.Array], jax.Array] | None  # v -> M v, of a model in a box
+
+
+def _towards(
+    here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Metric | None
+) -> _Aim:
+    if isinstance(metric, Modelled) and not here.box.absent:
+        return _modelled(here, state, free, prices, metric)
+    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
+    return _Aim(scaled, kept, vdot(scaled, free), jnp.zeros((), bool), None)
+
+
+def _modelled(
+    here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Modelled
+) -> _Aim:
+    """The minimum of the metric's model over the box."""
+    # the box itself is in the model: only rows without curvature need its price
+    rows = jnp.where(here.rows > 0, here.rows, prices)
+    model, values = metric.model(state.metric_values, here.objective, here.x, rows)
+    found = minimum(model, here.x, here.gradient, here.box, values, state.forcing)
+    step = found.y - here.x
+    falls = vdot(step, here.gradient) < 0
+    scaled = jnp.where(falls, -step, free / prices)
+    touches = falls & jnp.any(_touching(here.box, found.y) != _touching(here.box, here.x))
+    bend = -vdot(step, here.gradient + found.left)
+    return _Aim(scaled, found.values, bend, touches, model.product)
+
+
+def _touching(box: Box, x: jax.Array) -> jax.Array:
+    return (x <= box.lower) | (x >= box.upper)
+
+
+def _forcing(
+    here: Here,
+    state: MajorizedDescentState,
+    aim: _Aim,
+    accepted: jax.Array,
+    moved: jax.Array,
+    gradient: jax.Array,
+) -> jax.Array:
+    """How far the model missed the gradient (Eisenstat and Walker 1996, choice 1)."""
+    if aim.product is None:
+        return state.forcing
+    missed = jnp.max(jnp.abs(gradient - here.gradient - aim.product(moved)), initial=0.0)
+    before = jnp.max(jnp.abs(here.free_gradient), initial=0.0)
+    error = missed / jnp.where(before > 0, before, 1)
+    least = jnp.sqrt(jnp.finfo(error.dtype).eps)
+    return jnp.where(accepted, jnp.clip(error, least, LOOSEST), state.forcing)
 
 
 def _scaled(
@@ -315,11 +394,16 @@ def _direction(
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
-def _length(here: Here, gradient: jax.Array, direction: jax.Array, prices: jax.Array) -> jax.Array:
+def _length(
+    here: Here, aim: _Aim, gradient: jax.Array, direction: jax.Array, prices: jax.Array
+) -> jax.Array:
     """Minimizer of the quadratic model along the direction."""
     measured = directional_curvature(here.objective.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
     measured += vdot((prices - here.rows) * direction, direction)
     majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
-    return -vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
+    curvature = jnp.where(curvature > 0, curvature, 1)
+    # what lies at bounds there has to arrive: not less than the whole way, and a rounding more
+    whole = jnp.maximum(aim.bend / curvature, 1) * (1 + 8 * jnp.finfo(curvature.dtype).eps)
+    return jnp.where(aim.touches, whole, -vdot(gradient, direction) / curvature)
