@@ -58,7 +58,14 @@ class Minimum(NamedTuple):
 
 
 def minimum(
-    model: Model, x: jax.Array, gradient: jax.Array, box: Box, values: Any, precision: jax.Array
+    model: Model,
+    x: jax.Array,
+    gradient: jax.Array,
+    box: Box,
+    values: Any,
+    precision: jax.Array,
+    resolution: jax.Array,
+    most: jax.Array,
 ) -> Minimum:
     """Directions until the projected gradient of the model is `precision` of that at x.
 
@@ -69,15 +76,17 @@ def minimum(
       box: of x.
       values: of an earlier cycle, or blank ones.
       precision: in (0, 1), scalar.
+      resolution: a gradient below this is rounding, scalar.
+      most: directions, at most; the first is what the cycle makes of the gradient.
     """
 
     def remaining(y: jax.Array, left: jax.Array) -> jax.Array:
         return jnp.max(jnp.abs(jnp.where(box.blocks(y, left), 0, left)), initial=0.0)
 
-    wanted = precision * remaining(x, -gradient)
+    wanted = jnp.maximum(precision * remaining(x, -gradient), resolution)
 
     def going(c: Minimum) -> jax.Array:
-        return c.descends & (c.rounds < ROUNDS) & (remaining(c.y, c.left) > wanted)
+        return c.descends & (c.rounds < most) & (remaining(c.y, c.left) > wanted)
 
     def follow(c: Minimum) -> Minimum:
         return _round(model, box, c)

@@ -18,7 +18,7 @@ import optax
 from smallgain_jax._checks import cast_like, check_call, float_dtype
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
-from smallgain_jax.graphs.contact import Model, minimum
+from smallgain_jax.graphs.contact import ROUNDS, Model, minimum
 from smallgain_jax.graphs.graph import Evaluation, alike
 from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.graphs.step import Here, prices_of, searched
@@ -73,7 +73,7 @@ class Metric(Protocol):
 
 
 @runtime_checkable
-class Renewable(Protocol):
+class Renewable(Metric, Protocol):
     """A metric whose values are kept from step to step, and renewed where they changed.
 
     What `renewed` returns is a linear map as `Metric.precondition` gives, with its `values`.
@@ -96,6 +96,25 @@ class Modelled(Renewable, Protocol):
         self, values: Any, graph: Any, x: jax.Array, rows: jax.Array
     ) -> tuple[Model, Any]:
         """The model at x, and `values` as far as its cycle may start from them."""
+
+
+class Linear(eqx.Module):
+    """A metric without its model: a fixed number of operations, which reverse mode can follow."""
+
+    metric: Renewable
+
+    def precondition(
+        self, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Callable[[jax.Array], jax.Array]:
+        return self.metric.precondition(graph, x, rows, free)
+
+    def blank(self, x: jax.Array) -> Any:
+        return self.metric.blank(x)
+
+    def renewed(
+        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Any:
+        return self.metric.renewed(values, graph, x, rows, free)
 
 
 @shows()
@@ -326,17 +345,24 @@ def _towards(
 def _modelled(
     here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Modelled
 ) -> _Aim:
-    """The minimum of the metric's model over the box."""
+    """The minimum of the metric's model over the box; where it misled, its first direction only."""
     # the box itself is in the model: only rows without curvature need its price
     rows = jnp.where(here.rows > 0, here.rows, prices)
     model, values = metric.model(state.metric_values, here.objective, here.x, rows)
-    found = minimum(model, here.x, here.gradient, here.box, values, state.forcing)
+    size = jnp.max(jnp.abs(here.gradient) + rows * jnp.abs(here.x), initial=0.0)
+    resolution = jnp.finfo(size.dtype).eps * size
+    trusted = state.forcing < LOOSEST
+    most = jnp.where(trusted, ROUNDS, 1)
+    found = minimum(
+        model, here.x, here.gradient, here.box, values, state.forcing, resolution, most
+    )
     step = found.y - here.x
-    falls = vdot(step, here.gradient) < 0
-    scaled = jnp.where(falls, -step, free / prices)
-    touches = falls & jnp.any(_touching(here.box, found.y) != _touching(here.box, here.x))
+    scaled = jnp.where(trusted, -step, jnp.where(here.held, 0, -found.direction))
+    falls = vdot(scaled, here.gradient) > 0
+    scaled = jnp.where(falls, scaled, free / prices)
+    moves = jnp.any(_touching(here.box, found.y) != _touching(here.box, here.x))
     bend = -vdot(step, here.gradient + found.left)
-    return _Aim(scaled, found.values, bend, touches, model.product)
+    return _Aim(scaled, found.values, bend, trusted & falls & moves, model.product)
 
 
 def _touching(box: Box, x: jax.Array) -> jax.Array:
