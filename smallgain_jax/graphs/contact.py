@@ -6,17 +6,21 @@ the diameter of the contact. Here the contact is looked for on the model
 $q(y) = -r^\top (y - x) + \frac12 (y - x)^\top M (y - x)$, whose products cost a small part of a
 gradient, by conjugate directions on the free nodes, projected (GPCG; Moré and Toraldo 1991). Who is
 let go from a bound is decided on every level at once: a node is, if it is pulled into the box, or
-if an aggregate that it is in is, as a whole. That is the test by which a coarse level of a projected
-full approximation scheme moves its contact (Brandt and Cryer 1983), and frees as many layers as the
-pull can lift.
+if an aggregate that it is in is, as a whole. That is the test by which a coarse level of a
+projected full approximation scheme moves its contact (Brandt and Cryer 1983), and frees as many
+layers as the pull can lift.
+
+The model may be wrong: whoever takes its minimum for a step has to look at the objective along it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from smallgain_jax._tree import vdot
+from smallgain_jax.graphs.step import SUFFICIENT_ANGLE
 from smallgain_jax.search.box import Box
 
 ROUNDS = 60
@@ -49,10 +53,10 @@ class Minimum(NamedTuple):
 
     y: jax.Array  # like x, in the box
     left: jax.Array  # like x, -grad q(y)
+    held: jax.Array  # bool like x, at a bound and to stay there
     direction: jax.Array  # like x
     before: jax.Array  # like x, what was left on the free nodes one round ago
     norm: jax.Array  # [] <before, z>, 0 asks for a restart
-    values: Any  # of the model's cycle
     rounds: jax.Array  # [] int32
     descends: jax.Array  # [] bool, the last direction did
 
@@ -63,10 +67,11 @@ def minimum(
     gradient: jax.Array,
     box: Box,
     values: Any,
+    *,
     precision: jax.Array,
     resolution: jax.Array,
     most: jax.Array,
-) -> Minimum:
+) -> tuple[Minimum, Any]:
     """Directions until the projected gradient of the model is `precision` of that at x.
 
     Args:
@@ -78,6 +83,9 @@ def minimum(
       precision: in (0, 1), scalar.
       resolution: a gradient below this is rounding, scalar.
       most: directions, at most; the first is what the cycle makes of the gradient.
+
+    Returns:
+      The `Minimum`, and the values of the last cycle.
     """
 
     def remaining(y: jax.Array, left: jax.Array) -> jax.Array:
@@ -88,31 +96,42 @@ def minimum(
     def going(c: Minimum) -> jax.Array:
         return c.descends & (c.rounds < most) & (remaining(c.y, c.left) > wanted)
 
-    def follow(c: Minimum) -> Minimum:
-        return _round(model, box, c)
+    def face(carry: tuple[Minimum, Any]) -> tuple[Minimum, Any]:
+        """As long as the same nodes are held, the cycle is the same."""
+        c, values = carry
+        cycle = model.cycle(values, ~c.held)
 
-    zero = jnp.zeros_like(x)
-    nothing, yes = jnp.zeros((), x.dtype), jnp.ones((), bool)
-    begin = Minimum(x, -gradient, zero, zero, nothing, values, jnp.zeros((), jnp.int32), yes)
-    return jax.lax.while_loop(going, follow, begin)
+        def staying(now: Minimum) -> jax.Array:
+            return going(now) & jnp.all(now.held == c.held)
+
+        return jax.lax.while_loop(staying, partial(_round, model, box, cycle), c), cycle.values
+
+    zero, held = jnp.zeros_like(x), _held(model, box, x, -gradient)
+    nothing, never = jnp.zeros((), x.dtype), jnp.zeros((), jnp.int32)
+    begin = Minimum(x, -gradient, held, zero, zero, nothing, never, jnp.ones((), bool))
+    return jax.lax.while_loop(lambda carry: going(carry[0]), face, (begin, values))
 
 
-def _round(model: Model, box: Box, c: Minimum) -> Minimum:
-    low, high = c.y <= box.lower, c.y >= box.upper
-    pull = jnp.where(low, c.left, jnp.where(high, -c.left, 0))
+def _held(model: Model, box: Box, y: jax.Array, left: jax.Array) -> jax.Array:
+    low, high = y <= box.lower, y >= box.upper
+    pull = jnp.where(low, left, jnp.where(high, -left, 0))
     # a node between two equal bounds is at both
-    held = (low & high) | ((low | high) & ~model.lifts(pull))
-    cycle = model.cycle(c.values, ~held)
-    free = jnp.where(held, 0, c.left)
-    scaled = jnp.where(held, 0, cycle(free))
+    return (low & high) | ((low | high) & ~model.lifts(pull))
+
+
+def _round(model: Model, box: Box, cycle: Any, c: Minimum) -> Minimum:
+    """One conjugate direction (Polak and Ribiere 1969) on the nodes that are not held."""
+    free = jnp.where(c.held, 0, c.left)
+    scaled = jnp.where(c.held, 0, cycle(free))
     norm = vdot(scaled, free)
     known = c.norm > 0
     beta = jnp.where(known, vdot(scaled, free - c.before) / jnp.where(known, c.norm, 1), 0)
-    direction = scaled + jnp.maximum(beta, 0) * jnp.where(held, 0, c.direction)
+    direction = scaled + jnp.maximum(beta, 0) * jnp.where(c.held, 0, c.direction)
     direction = jnp.where(box.blocks(c.y, direction), 0, direction)
-    direction = jnp.where(vdot(direction, free) >= 0.1 * norm, direction, scaled)
+    direction = jnp.where(vdot(direction, free) >= SUFFICIENT_ANGLE * norm, direction, scaled)
     y, left, descends = _along(model, box, c, direction, vdot(direction, free))
-    return Minimum(y, left, direction, free, norm, cycle.values, c.rounds + 1, descends)
+    held = _held(model, box, y, left)
+    return Minimum(y, left, held, direction, free, norm, c.rounds + 1, descends)
 
 
 def _along(
@@ -122,25 +141,30 @@ def _along(
     bend = vdot(direction, model.product(direction))
     length = slope / jnp.where(bend > 0, bend, 1)
 
-    def tried(t: jax.Array) -> tuple[jax.Array, ...]:
-        y = box.project(c.y + t * direction)
+    def failing(carry: _Tried) -> jax.Array:
+        return ~carry.good & (carry.halvings < HALVINGS)
+
+    def shorter(carry: _Tried) -> _Tried:
+        halvings = carry.halvings + 1
+        y = box.project(c.y + length * 0.5 ** halvings.astype(length.dtype) * direction)
         move = y - c.y
         image = model.product(move)
         promised = vdot(c.left, move)
         gain = promised - vdot(move, image) / 2
-        return y, c.left - image, (gain > 0) & (gain >= SUFFICIENT * promised)
+        return _Tried(halvings, y, c.left - image, (gain > 0) & (gain >= SUFFICIENT * promised))
 
-    def failing(carry: tuple[jax.Array, ...]) -> jax.Array:
-        halvings, _, _, good = carry
-        return ~good & (halvings < HALVINGS)
-
-    def shorter(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        halvings = carry[0] + 1
-        return halvings, *tried(length * 0.5 ** halvings.astype(length.dtype))
-
-    start = (jnp.full((), -1, jnp.int32), c.y, c.left, jnp.zeros((), bool))
+    start = _Tried(jnp.full((), -1, jnp.int32), c.y, c.left, jnp.zeros((), bool))
     _, y, left, good = jax.lax.while_loop(failing, shorter, start)
     return jnp.where(good, y, c.y), jnp.where(good, left, c.left), good
+
+
+class _Tried(NamedTuple):
+    """A point along a direction."""
+
+    halvings: jax.Array  # [] int32
+    y: jax.Array
+    left: jax.Array
+    good: jax.Array  # [] bool, the model decreases enough
 
 
 __all__ = ["Minimum", "Model", "minimum"]

@@ -21,7 +21,7 @@ from smallgain_jax._tree import vdot
 from smallgain_jax.graphs.contact import ROUNDS, Model, minimum
 from smallgain_jax.graphs.graph import Evaluation, alike
 from smallgain_jax.graphs.objective import Objective
-from smallgain_jax.graphs.step import Here, prices_of, searched
+from smallgain_jax.graphs.step import SUFFICIENT_ANGLE, Here, prices_of, searched
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.guard import directional_curvature, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
@@ -50,10 +50,7 @@ FORCING = 1e-2
 """To what part of its start a model in a box is minimized before anything is known of it."""
 
 LOOSEST = 0.1
-"""The same at most."""
-
-SUFFICIENT_ANGLE = 0.1
-"""A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
+"""A model that missed the last gradient by this part of the one before is not minimized."""
 
 
 class Metric(Protocol):
@@ -92,9 +89,7 @@ class Renewable(Metric, Protocol):
 class Modelled(Renewable, Protocol):
     """A renewable metric that is the inverse of a quadratic model which it can also multiply by."""
 
-    def model(
-        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array
-    ) -> tuple[Model, Any]:
+    def model(self, values: Any, graph: Any, x: jax.Array, rows: jax.Array) -> tuple[Model, Any]:
         """The model at x, and `values` as far as its cycle may start from them."""
 
 
@@ -159,7 +154,8 @@ def majorized_descent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conjugate, majorized descent on a graph's reference energy, as an optax transformation.
 
-    One step: $z = D^{-1} g$ on the free nodes, or what another `metric` makes of g;
+    One step: $z = D^{-1} g$ on the free nodes, or what another `metric` makes of g (a hierarchy in
+    a box: the way back from the minimum of its quadratic model over the box, `graphs.contact`);
     $p = -z + \beta p$ with
     $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where
     $p$ is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection
@@ -175,7 +171,8 @@ def majorized_descent(
       bounds: (lower, upper), scalars or shaped like x; None for no box. `relax` passes its own.
       max_backtracks: halvings before a search counts as failed.
       metric: an object with `precondition(graph, x, rows, free) -> (g -> z)`, symmetric and
-        positive definite on the free nodes; None divides by the rows.
+        positive definite on the free nodes; None divides by the rows. The model of a hierarchy in a
+        box is minimized by a loop, which has no reverse mode.
 
     Returns:
       An optax transformation whose `update` needs `params`; give it `value` to save an evaluation,
@@ -281,8 +278,9 @@ def _step(
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
     prices = prices_of(here, free)
-    aim = _towards(here, state, free, prices, metric)
+    aim = _aimed(here, state, free, prices, metric)
     direction, restarted = _direction(here, state, free, aim.scaled)
+    # directions are conjugate on free nodes only: a new contact begins anew
     direction = jnp.where(aim.touches, -aim.scaled, direction)
     restarted |= aim.touches
     length = _length(here, aim, free, direction, prices)
@@ -290,6 +288,7 @@ def _step(
 
     moved, reached = search.trial.aux
     accepted = search.accepted
+    forcing = _forcing(here, state.forcing, aim, moved, reached.gradient)
     step = jnp.where(accepted, moved, 0)
     end = here.x + search.step * length * direction
     clipped = jnp.any(here.box.project(end) != end)
@@ -316,7 +315,7 @@ def _step(
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
         stalled=stalled,
-        forcing=_forcing(here, state, aim, accepted, moved, reached.gradient),
+        forcing=jnp.where(accepted, forcing, state.forcing),
         metric_values=aim.kept,
         info=info,
     )
@@ -328,63 +327,65 @@ class _Aim(NamedTuple):
 
     scaled: jax.Array  # like x, z: the way back from there
     kept: Any  # the metric's values
-    bend: jax.Array  # [] z^T M z, of a model in a box
-    touches: jax.Array  # [] bool, other nodes are at bounds there than here
-    product: Callable[[jax.Array], jax.Array] | None  # v -> M v, of a model in a box
+    touches: Any = False  # [] bool, z is a model's and ends with other nodes at bounds
+    bend: Any = 0.0  # [] z^T M z, where it touches
+    product: Callable[[jax.Array], jax.Array] | None = None  # v -> M v, of a model
 
 
-def _towards(
-    here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Metric | None
+def _aimed(
+    here: Here,
+    state: MajorizedDescentState,
+    free: jax.Array,
+    prices: jax.Array,
+    metric: Metric | None,
 ) -> _Aim:
     if isinstance(metric, Modelled) and not here.box.absent:
         return _modelled(here, state, free, prices, metric)
-    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
-    return _Aim(scaled, kept, vdot(scaled, free), jnp.zeros((), bool), None)
+    return _Aim(*_scaled(here, free, prices, metric, state.metric_values))
 
 
 def _modelled(
     here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Modelled
 ) -> _Aim:
     """The minimum of the metric's model over the box; where it misled, its first direction only."""
+    x, box, eps = here.x, here.box, jnp.finfo(here.x.dtype).eps
     # the box itself is in the model: only rows without curvature need its price
     rows = jnp.where(here.rows > 0, here.rows, prices)
-    model, values = metric.model(state.metric_values, here.objective, here.x, rows)
-    size = jnp.max(jnp.abs(here.gradient) + rows * jnp.abs(here.x), initial=0.0)
-    resolution = jnp.finfo(size.dtype).eps * size
+    model, values = metric.model(state.metric_values, here.objective, x, rows)
     trusted = state.forcing < LOOSEST
-    most = jnp.where(trusted, ROUNDS, 1)
-    found = minimum(
-        model, here.x, here.gradient, here.box, values, state.forcing, resolution, most
+    found, kept = minimum(
+        model,
+        x,
+        here.gradient,
+        box,
+        values,
+        precision=state.forcing,
+        resolution=eps * jnp.max(jnp.abs(here.gradient) + rows * jnp.abs(x), initial=0.0),
+        most=jnp.where(trusted, ROUNDS, 1),
     )
-    step = found.y - here.x
+    step = found.y - x
     scaled = jnp.where(trusted, -step, jnp.where(here.held, 0, -found.direction))
     falls = vdot(scaled, here.gradient) > 0
-    scaled = jnp.where(falls, scaled, free / prices)
-    moves = jnp.any(_touching(here.box, found.y) != _touching(here.box, here.x))
-    bend = -vdot(step, here.gradient + found.left)
-    return _Aim(scaled, found.values, bend, trusted & falls & moves, model.product)
-
-
-def _touching(box: Box, x: jax.Array) -> jax.Array:
-    return (x <= box.lower) | (x >= box.upper)
+    moves = jnp.any(box.touches(found.y) != box.touches(x))
+    return _Aim(
+        scaled=jnp.where(falls, scaled, free / prices),
+        kept=kept,
+        touches=trusted & falls & moves,
+        bend=-vdot(step, here.gradient + found.left),
+        product=model.product,
+    )
 
 
 def _forcing(
-    here: Here,
-    state: MajorizedDescentState,
-    aim: _Aim,
-    accepted: jax.Array,
-    moved: jax.Array,
-    gradient: jax.Array,
+    here: Here, before: jax.Array, aim: _Aim, moved: jax.Array, reached: jax.Array
 ) -> jax.Array:
-    """How far the model missed the gradient (Eisenstat and Walker 1996, choice 1)."""
+    """By how much the model missed the gradient (Eisenstat and Walker 1996, choice 1)."""
     if aim.product is None:
-        return state.forcing
-    missed = jnp.max(jnp.abs(gradient - here.gradient - aim.product(moved)), initial=0.0)
-    before = jnp.max(jnp.abs(here.free_gradient), initial=0.0)
-    error = missed / jnp.where(before > 0, before, 1)
-    least = jnp.sqrt(jnp.finfo(error.dtype).eps)
-    return jnp.where(accepted, jnp.clip(error, least, LOOSEST), state.forcing)
+        return before
+    missed = jnp.max(jnp.abs(reached - here.gradient - aim.product(moved)), initial=0.0)
+    norm = jnp.max(jnp.abs(here.free_gradient), initial=0.0)
+    least = jnp.sqrt(jnp.finfo(norm.dtype).eps)
+    return jnp.clip(missed / jnp.where(norm > 0, norm, 1), least, LOOSEST)
 
 
 def _scaled(
@@ -430,6 +431,6 @@ def _length(
     majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
     curvature = jnp.where(curvature > 0, curvature, 1)
-    # what lies at bounds there has to arrive: not less than the whole way, and a rounding more
+    # what the model takes to a bound has to arrive: the whole way at least, and a rounding more
     whole = jnp.maximum(aim.bend / curvature, 1) * (1 + 8 * jnp.finfo(curvature.dtype).eps)
     return jnp.where(aim.touches, whole, -vdot(gradient, direction) / curvature)

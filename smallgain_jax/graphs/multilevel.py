@@ -131,9 +131,7 @@ class Values(NamedTuple):
     free: jax.Array  # bool like x
 
 
-def _moved(
-    values: Values, coupling: jax.Array, local: jax.Array, tolerance: float
-) -> jax.Array:
+def _moved(values: Values, coupling: jax.Array, local: jax.Array, tolerance: float) -> jax.Array:
     """Whether one of the numbers has changed by more than the tolerance, relative to itself."""
     changed = jnp.zeros((), bool)
     for old, new in ((values.coupling, coupling), (values.local, local)):

@@ -27,6 +27,10 @@ class Box(NamedTuple):
             x,
         )
 
+    def touches(self, x: jax.Array) -> jax.Array:
+        """Where x is at a bound, bool like x."""
+        return (x <= self.lower) | (x >= self.upper)
+
     def blocks(self, x: jax.Array, direction: jax.Array) -> jax.Array:
         """Where a bound holds and `direction` points out of it, bool like x."""
         return ((x <= self.lower) & (direction < 0)) | ((x >= self.upper) & (direction > 0))
