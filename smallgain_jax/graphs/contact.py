@@ -27,6 +27,7 @@ ROUNDS = 60
 """At most so many directions in one model: as a rule, 25 to 30 gain eight digits."""
 
 HALVINGS = 30
+"""Of a direction, before the search for the model's minimum ends where it is."""
 
 SUFFICIENT = 1e-4
 """Share of the decrease promised by the slope that a projected direction has to keep (Armijo)."""
@@ -81,7 +82,7 @@ def minimum(
       box: of x.
       values: of an earlier cycle, or blank ones.
       precision: in (0, 1), scalar.
-      resolution: a gradient below this is rounding, scalar.
+      resolution: what of a gradient is rounding, like x.
       most: directions, at most; the first is what the cycle makes of the gradient.
 
     Returns:
@@ -89,9 +90,10 @@ def minimum(
     """
 
     def remaining(y: jax.Array, left: jax.Array) -> jax.Array:
-        return jnp.max(jnp.abs(jnp.where(box.blocks(y, left), 0, left)), initial=0.0)
+        settled = box.blocks(y, left) | (jnp.abs(left) <= resolution)
+        return jnp.max(jnp.abs(jnp.where(settled, 0, left)), initial=0.0)
 
-    wanted = jnp.maximum(precision * remaining(x, -gradient), resolution)
+    wanted = precision * remaining(x, -gradient)
 
     def going(c: Minimum) -> jax.Array:
         return c.descends & (c.rounds < most) & (remaining(c.y, c.left) > wanted)

@@ -314,7 +314,7 @@ def _step(
         scaled_norm=jnp.where(accepted & ~aim.touches, vdot(aim.scaled, free), 0),
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
-        stalled=stalled,
+        stalled=stalled | aim.rests,
         forcing=jnp.where(accepted, forcing, state.forcing),
         metric_values=aim.kept,
         info=info,
@@ -330,6 +330,7 @@ class _Aim(NamedTuple):
     touches: Any = False  # [] bool, z is a model's and ends with other nodes at bounds
     bend: Any = 0.0  # [] z^T M z, where it touches
     product: Callable[[jax.Array], jax.Array] | None = None  # v -> M v, of a model
+    rests: Any = False  # [] bool, a model sees nothing but rounding in the gradient
 
 
 def _aimed(
@@ -360,7 +361,7 @@ def _modelled(
         box,
         values,
         precision=state.forcing,
-        resolution=eps * jnp.max(jnp.abs(here.gradient) + rows * jnp.abs(x), initial=0.0),
+        resolution=eps * (jnp.abs(here.gradient) + rows * jnp.max(jnp.abs(x), initial=0.0)),
         most=jnp.where(trusted, ROUNDS, 1),
     )
     step = found.y - x
@@ -373,6 +374,7 @@ def _modelled(
         touches=trusted & falls & moves,
         bend=-vdot(step, here.gradient + found.left),
         product=model.product,
+        rests=found.rounds == 0,
     )
 
 
