@@ -18,9 +18,10 @@ import optax
 from smallgain_jax._checks import cast_like, check_call, float_dtype
 from smallgain_jax._show import shows
 from smallgain_jax._tree import vdot
+from smallgain_jax.graphs.contact import ROUNDS, Model, minimum
 from smallgain_jax.graphs.graph import Evaluation, alike
 from smallgain_jax.graphs.objective import Objective
-from smallgain_jax.graphs.step import Here, prices_of, searched
+from smallgain_jax.graphs.step import SUFFICIENT_ANGLE, Here, prices_of, searched
 from smallgain_jax.search.box import Box
 from smallgain_jax.search.guard import directional_curvature, trusted_curvature
 from smallgain_jax.spectral.rows import Activity
@@ -45,8 +46,11 @@ followed spoils all that come after it: without a restart conjugate gradients co
 than steepest descent (Crowder and Wolfe 1972).
 """
 
-SUFFICIENT_ANGLE = 0.1
-"""A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
+FORCING = 1e-2
+"""To what part of its start a model in a box is minimized before anything is known of it."""
+
+LOOSEST = 0.1
+"""A model that missed the last gradient by this part of the one before is not minimized."""
 
 
 class Metric(Protocol):
@@ -66,7 +70,7 @@ class Metric(Protocol):
 
 
 @runtime_checkable
-class Renewable(Protocol):
+class Renewable(Metric, Protocol):
     """A metric whose values are kept from step to step, and renewed where they changed.
 
     What `renewed` returns is a linear map as `Metric.precondition` gives, with its `values`.
@@ -79,6 +83,33 @@ class Renewable(Protocol):
         self, values: Any, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
     ) -> Any:
         """The map for these arguments, made from `values` where those still serve."""
+
+
+@runtime_checkable
+class Modelled(Renewable, Protocol):
+    """A renewable metric that is the inverse of a quadratic model which it can also multiply by."""
+
+    def model(self, values: Any, graph: Any, x: jax.Array, rows: jax.Array) -> tuple[Model, Any]:
+        """The model at x, and `values` as far as its cycle may start from them."""
+
+
+class Linear(eqx.Module):
+    """A metric without its model: a fixed number of operations, which reverse mode can follow."""
+
+    metric: Renewable
+
+    def precondition(
+        self, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Callable[[jax.Array], jax.Array]:
+        return self.metric.precondition(graph, x, rows, free)
+
+    def blank(self, x: jax.Array) -> Any:
+        return self.metric.blank(x)
+
+    def renewed(
+        self, values: Any, graph: Any, x: jax.Array, rows: jax.Array, free: jax.Array
+    ) -> Any:
+        return self.metric.renewed(values, graph, x, rows, free)
 
 
 @shows()
@@ -108,6 +139,7 @@ class MajorizedDescentState(NamedTuple):
     direction: jax.Array  # [n]
     unclipped: jax.Array  # [] int32, steps since the box clipped one, up to SETTLED
     stalled: jax.Array  # [] bool, the next step would stay here as well
+    forcing: jax.Array  # [] to what part of its start a model in a box is minimized next
     metric_values: Any  # of a metric that keeps them, such as a hierarchy; else None
     info: DescentInfo
 
@@ -122,7 +154,8 @@ def majorized_descent(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Conjugate, majorized descent on a graph's reference energy, as an optax transformation.
 
-    One step: $z = D^{-1} g$ on the free nodes, or what another `metric` makes of g;
+    One step: $z = D^{-1} g$ on the free nodes, or what another `metric` makes of g (a hierarchy in
+    a box: the way back from the minimum of its quadratic model over the box, `graphs.contact`);
     $p = -z + \beta p$ with
     $\beta = \max(0, \langle z, g - g_{-}\rangle / \langle z_{-}, g_{-}\rangle)$, restarted where
     $p$ is not a direction of descent; $x \leftarrow P(x + t\,\alpha\,p)$ with $P$ the projection
@@ -138,7 +171,8 @@ def majorized_descent(
       bounds: (lower, upper), scalars or shaped like x; None for no box. `relax` passes its own.
       max_backtracks: halvings before a search counts as failed.
       metric: an object with `precondition(graph, x, rows, free) -> (g -> z)`, symmetric and
-        positive definite on the free nodes; None divides by the rows.
+        positive definite on the free nodes; None divides by the rows. The model of a hierarchy in a
+        box is minimized by a loop, which has no reverse mode.
 
     Returns:
       An optax transformation whose `update` needs `params`; give it `value` to save an evaluation,
@@ -233,6 +267,7 @@ def _zero_state(params: Any, metric: Metric | None) -> MajorizedDescentState:
         direction=like(),
         unclipped=jnp.full((), SETTLED, jnp.int32),
         stalled=jnp.zeros((), bool),
+        forcing=scalar(FORCING),
         metric_values=metric.blank(like()) if isinstance(metric, Renewable) else None,
         info=info,
     )
@@ -243,13 +278,17 @@ def _step(
 ) -> tuple[jax.Array, MajorizedDescentState]:
     free = here.free_gradient
     prices = prices_of(here, free)
-    scaled, kept = _scaled(here, free, prices, metric, state.metric_values)
-    direction, restarted = _direction(here, state, free, scaled)
-    length = _length(here, free, direction, prices)
+    aim = _aimed(here, state, free, prices, metric)
+    direction, restarted = _direction(here, state, free, aim.scaled)
+    # directions are conjugate on free nodes only: a new contact begins anew
+    direction = jnp.where(aim.touches, -aim.scaled, direction)
+    restarted |= aim.touches
+    length = _length(here, aim, free, direction, prices)
     search = searched(here, direction * length, max_backtracks)
 
     moved, reached = search.trial.aux
     accepted = search.accepted
+    forcing = _forcing(here, state.forcing, aim, moved, reached.gradient)
     step = jnp.where(accepted, moved, 0)
     end = here.x + search.step * length * direction
     clipped = jnp.any(here.box.project(end) != end)
@@ -272,14 +311,83 @@ def _step(
         rows=state.rows,
         prices=here.rows,
         descent_gradient=free,
-        scaled_norm=jnp.where(accepted, vdot(scaled, free), 0),
+        scaled_norm=jnp.where(accepted & ~aim.touches, vdot(aim.scaled, free), 0),
         direction=direction,
         unclipped=jnp.where(clipped, 0, jnp.minimum(state.unclipped + 1, SETTLED)),
-        stalled=stalled,
-        metric_values=kept,
+        stalled=stalled | aim.rests,
+        forcing=jnp.where(accepted, forcing, state.forcing),
+        metric_values=aim.kept,
         info=info,
     )
     return step, new_state
+
+
+class _Aim(NamedTuple):
+    """Where a metric would go."""
+
+    scaled: jax.Array  # like x, z: the way back from there
+    kept: Any  # the metric's values
+    touches: Any = False  # [] bool, z is a model's and ends with other nodes at bounds
+    bend: Any = 0.0  # [] z^T M z, where it touches
+    product: Callable[[jax.Array], jax.Array] | None = None  # v -> M v, of a model
+    rests: Any = False  # [] bool, a model sees nothing but rounding in the gradient
+
+
+def _aimed(
+    here: Here,
+    state: MajorizedDescentState,
+    free: jax.Array,
+    prices: jax.Array,
+    metric: Metric | None,
+) -> _Aim:
+    if isinstance(metric, Modelled) and not here.box.absent:
+        return _modelled(here, state, free, prices, metric)
+    return _Aim(*_scaled(here, free, prices, metric, state.metric_values))
+
+
+def _modelled(
+    here: Here, state: MajorizedDescentState, free: jax.Array, prices: jax.Array, metric: Modelled
+) -> _Aim:
+    """The minimum of the metric's model over the box; where it misled, its first direction only."""
+    x, box, eps = here.x, here.box, jnp.finfo(here.x.dtype).eps
+    # the box itself is in the model: only rows without curvature need its price
+    rows = jnp.where(here.rows > 0, here.rows, prices)
+    model, values = metric.model(state.metric_values, here.objective, x, rows)
+    trusted = state.forcing < LOOSEST
+    found, kept = minimum(
+        model,
+        x,
+        here.gradient,
+        box,
+        values,
+        precision=state.forcing,
+        resolution=eps * (jnp.abs(here.gradient) + rows * jnp.max(jnp.abs(x), initial=0.0)),
+        most=jnp.where(trusted, ROUNDS, 1),
+    )
+    step = found.y - x
+    scaled = jnp.where(trusted, -step, jnp.where(here.held, 0, -found.direction))
+    falls = vdot(scaled, here.gradient) > 0
+    moves = jnp.any(box.touches(found.y) != box.touches(x))
+    return _Aim(
+        scaled=jnp.where(falls, scaled, free / prices),
+        kept=kept,
+        touches=trusted & falls & moves,
+        bend=-vdot(step, here.gradient + found.left),
+        product=model.product,
+        rests=found.rounds == 0,
+    )
+
+
+def _forcing(
+    here: Here, before: jax.Array, aim: _Aim, moved: jax.Array, reached: jax.Array
+) -> jax.Array:
+    """By how much the model missed the gradient (Eisenstat and Walker 1996, choice 1)."""
+    if aim.product is None:
+        return before
+    missed = jnp.max(jnp.abs(reached - here.gradient - aim.product(moved)), initial=0.0)
+    norm = jnp.max(jnp.abs(here.free_gradient), initial=0.0)
+    least = jnp.sqrt(jnp.finfo(norm.dtype).eps)
+    return jnp.clip(missed / jnp.where(norm > 0, norm, 1), least, LOOSEST)
 
 
 def _scaled(
@@ -315,11 +423,16 @@ def _direction(
     return jnp.where(descends, direction, -scaled), ~descends | (beta <= 0)
 
 
-def _length(here: Here, gradient: jax.Array, direction: jax.Array, prices: jax.Array) -> jax.Array:
+def _length(
+    here: Here, aim: _Aim, gradient: jax.Array, direction: jax.Array, prices: jax.Array
+) -> jax.Array:
     """Minimizer of the quadratic model along the direction."""
     measured = directional_curvature(here.objective.energy, here.x, direction)
     # rows without curvature of their own count by what the box lends them
     measured += vdot((prices - here.rows) * direction, direction)
     majorized = vdot(prices * direction, direction)
     curvature = trusted_curvature(measured, majorized)
-    return -vdot(gradient, direction) / jnp.where(curvature > 0, curvature, 1)
+    curvature = jnp.where(curvature > 0, curvature, 1)
+    # what the model takes to a bound has to arrive: the whole way at least, and a rounding more
+    whole = jnp.maximum(aim.bend / curvature, 1) * (1 + 8 * jnp.finfo(curvature.dtype).eps)
+    return jnp.where(aim.touches, whole, -vdot(gradient, direction) / curvature)

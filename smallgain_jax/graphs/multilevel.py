@@ -76,6 +76,9 @@ Their polynomial is 1 - T_2(y(t)) / T_2(y(0)) with y(t) = (a + b - 2 t) / (b - a
 VISIT_GROWTH = 1 / (2 * ((VISIT[1] + VISIT[0]) / (VISIT[1] - VISIT[0])) ** 2 - 1)
 """1 / T_2(y(0)): below a + b - 1, so no level leaves the interval on which the next is positive."""
 
+NEAR = 0.1
+"""Relative change of a coupling, or of local curvature, up to which old values serve."""
+
 UNCOUPLED = (GateBenefit, DampedGateBenefit)
 """Families whose energy depends on one end only."""
 
@@ -128,6 +131,14 @@ class Values(NamedTuple):
     free: jax.Array  # bool like x
 
 
+def _moved(values: Values, coupling: jax.Array, local: jax.Array, tolerance: float) -> jax.Array:
+    """Whether one of the numbers has changed by more than the tolerance, relative to itself."""
+    changed = jnp.zeros((), bool)
+    for old, new in ((values.coupling, coupling), (values.local, local)):
+        changed |= jnp.any(jnp.abs(new - old) > tolerance * jnp.maximum(new, old))
+    return changed
+
+
 class Hierarchy(eqx.Module):
     """Aggregates of a graph, from the finest level to the coarsest, as `multilevel` builds them.
 
@@ -173,7 +184,7 @@ class Hierarchy(eqx.Module):
         rows: jax.Array,
         free: jax.Array,
         *,
-        tolerance: float = 0.1,
+        tolerance: float = NEAR,
     ) -> "Cycle":
         """`precondition` where it has become another; `values` where all of them are still near.
 
@@ -187,13 +198,28 @@ class Hierarchy(eqx.Module):
         """
         self._check(x)
         coupling, local = self._values(graph, x, rows)
-        moved = jnp.abs(coupling - values.coupling) > tolerance * jnp.maximum(
-            coupling, values.coupling
-        )
-        grown = jnp.abs(local - values.local) > tolerance * jnp.maximum(local, values.local)
-        changed = jnp.any(moved) | jnp.any(grown) | jnp.any(free != values.free)
+        changed = _moved(values, coupling, local, tolerance) | jnp.any(free != values.free)
         new = jax.lax.cond(changed, lambda: self._built(coupling, local, free), lambda: values)
         return Cycle(self, new)
+
+    def model(
+        self, values: Values, graph: EnergyGraph, x: jax.Array, rows: jax.Array
+    ) -> tuple["HierarchyModel", Values]:
+        """M at x on all nodes, and the values that its first cycle may be made from.
+
+        Args:
+          values: of an earlier cycle, or `blank`; where they are no longer near, nothing is free
+            in those returned.
+          graph, x, rows: as for `precondition`.
+        """
+        self._check(x)
+        coupling, local = self._values(graph, x, rows)
+        restrict = partial(_restricted, self.levels[0])
+        if x.ndim == 2:
+            restrict = jax.vmap(restrict, in_axes=-1)
+        whole = restrict(coupling, local, jnp.ones(x.shape, bool))[0]
+        usable = values.free & ~_moved(values, coupling, local, NEAR)
+        return HierarchyModel(self, whole, coupling, local), values._replace(free=usable)
 
     def blank(self, x: jax.Array) -> Values:
         """Values for states like x [n] or [n, d] from which `renewed` makes the first."""
@@ -257,6 +283,41 @@ class Hierarchy(eqx.Module):
         return tuple(operators), _factor(self.levels[-1], operators[-1], coupling)
 
 
+class HierarchyModel(eqx.Module):
+    """The quadratic model that a hierarchy stands for: a `graphs.contact.Model`."""
+
+    hierarchy: Hierarchy
+    operator: Operator  # of the finest level, all nodes free
+    coupling: jax.Array  # as in `Values`
+    local: jax.Array
+
+    def product(self, v: jax.Array) -> jax.Array:
+        finest = self.hierarchy.levels[0]
+        if v.ndim == 1:
+            return _apply(finest, self.operator, _written(v))
+        return jax.vmap(partial(_apply, finest), in_axes=(0, 1), out_axes=1)(self.operator, v)
+
+    def cycle(self, values: Values, free: jax.Array) -> "Cycle":
+        """The cycle on the free nodes, of `values` where those are of the same."""
+        same = jnp.all(values.free == free)
+        built = partial(self.hierarchy._built, self.coupling, self.local, free)
+        return Cycle(self.hierarchy, jax.lax.cond(same, lambda: values, built))
+
+    def lifts(self, pull: jax.Array) -> jax.Array:
+        """Which nodes are in an aggregate, on any level, whose pulls sum above zero."""
+        if pull.ndim == 2:
+            return jax.vmap(self.lifts, -1, -1)(pull)
+        finer = self.hierarchy.levels[:-1]
+        sums = [pull]
+        for level in finer:
+            sums.append(_sums(level.members, sums[-1]))
+        lifted = sums.pop() > 0
+        for level, own in zip(reversed(finer), reversed(sums), strict=True):
+            above = _get(jnp.append(lifted, False), level.node)  # type: ignore[arg-type]
+            lifted = (own > 0) | above
+        return lifted
+
+
 class Cycle(eqx.Module):
     r"""An approximate inverse of M with its values: `cycle(g)` is z, shaped like g.
 
@@ -290,7 +351,7 @@ class Cycle(eqx.Module):
         rows: jax.Array,
         free: jax.Array,
         *,
-        tolerance: float = 0.1,
+        tolerance: float = NEAR,
     ) -> "Cycle":
         """`Hierarchy.renewed` from the values of this one."""
         return self.hierarchy.renewed(self.values, graph, x, rows, free, tolerance=tolerance)

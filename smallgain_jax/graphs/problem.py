@@ -12,7 +12,7 @@ from smallgain_jax._checks import as_float, check_finite, is_concrete
 from smallgain_jax._tree import gathered, still
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.conditioning import graph_tolerance
-from smallgain_jax.graphs.descent import Metric, majorized_descent
+from smallgain_jax.graphs.descent import Linear, Metric, Modelled, majorized_descent
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.newton import truncated_newton
@@ -176,10 +176,13 @@ def walls_of(problem: Problem) -> Box:
 
 
 def _default(problem: Problem, adjoint: str) -> optax.GradientTransformation:
-    """The best that the library has for it; Newton's inner loop has no reverse mode."""
+    """The best that the library has for it; inner loops have no reverse mode."""
     if isinstance(problem.objective, Function) and adjoint == "implicit":
         return truncated_newton(problem.objective)
-    return majorized_descent(problem.objective, metric=problem.metric)
+    metric = problem.metric
+    if isinstance(metric, Modelled) and adjoint == "unrolled":
+        metric = Linear(metric)
+    return majorized_descent(problem.objective, metric=metric)
 
 
 def run_of(problem: Problem, tol: jax.Array, adjoint: str = "implicit") -> iteration.Run:

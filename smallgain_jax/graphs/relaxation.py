@@ -120,7 +120,8 @@ def relax(
       adjoint: "implicit" or "unrolled".
       metric: what conditions the gradient of a graph, in the steps of the default optimizer and in
         the implicit adjoint: "rows"; an object with a method
-        `precondition(graph, x, rows, free) -> (g -> z)`, as `multilevel(graph)`; or "auto", which
+        `precondition(graph, x, rows, free) -> (g -> z)`, as `multilevel(graph)`, with which a step
+        goes to the minimum of a quadratic model over the box (`graphs.contact`); or "auto", which
         asks `choose_metric` (on the host, at every call: keep its answer for many).
       record: `record(optimizer_state) -> pytree`, taken after every update into `info.history`.
       state: optimizer state to continue from, as in `RelaxResult.state`. What it stored of another

@@ -10,6 +10,9 @@ from smallgain_jax.graphs.objective import Objective
 from smallgain_jax.search.armijo import Search, Trial, armijo
 from smallgain_jax.search.box import Box
 
+SUFFICIENT_ANGLE = 0.1
+"""A direction must keep this share of the steepest one's slope, in the metric, or it restarts."""
+
 
 class Here(NamedTuple):
     """The objective around the parameters."""

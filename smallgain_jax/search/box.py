@@ -12,6 +12,12 @@ class Box(NamedTuple):
     lower: Any
     upper: Any
 
+    @property
+    def absent(self) -> bool:
+        """Whether both ends are numbers and infinite, so that a program can leave it out."""
+        ends = (self.lower, self.upper)
+        return all(isinstance(end, float) for end in ends) and ends == (-jnp.inf, jnp.inf)
+
     def project(self, x: Any) -> Any:
         """The nearest point of the box, leaf by leaf in the leaf's dtype."""
         return jax.tree.map(
@@ -20,6 +26,10 @@ class Box(NamedTuple):
             ),
             x,
         )
+
+    def touches(self, x: jax.Array) -> jax.Array:
+        """Where x is at a bound, bool like x."""
+        return (x <= self.lower) | (x >= self.upper)
 
     def blocks(self, x: jax.Array, direction: jax.Array) -> jax.Array:
         """Where a bound holds and `direction` points out of it, bool like x."""
