@@ -9,6 +9,8 @@ import optax
 import pytest
 
 import smallgain_jax as sg
+from smallgain_jax.losses.policies import decide
+from smallgain_jax.losses.prices import known_prices
 from smallgain_jax.losses.state import Settings
 from smallgain_jax.losses.units import plain_weight
 
@@ -184,3 +186,41 @@ def test_the_plain_sum_at_the_scale_of_fair_shares():
     np.testing.assert_allclose(plain_weight(fair, jnp.array([2.0, 0.0])), 2, rtol=1e-6)
     assert plain_weight(fair, jnp.zeros(2)) == 1
     assert plain_weight(settings._replace(policy="greedy"), first) == 1
+
+
+@pytest.mark.parametrize("scale_free", [True, False])
+def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
+    """Shares s_k = a_k w_k^r_k: they become equal, at the level of the one with r = 0.05."""
+    answers, sizes = np.array([0.05, 0.6, 1.0]), np.array([1.0, 3.0, 2.0])
+    blank = Settings(*(None,) * len(Settings._fields))
+    settings = blank._replace(policy="fair", floor=1e-4, ceiling=1e4, ema=0.1, rounds=8)
+    start = sg.small_gain(
+        optax.adam(1e-3), sg.terms(lambda x: dict.fromkeys("abc", jnp.sum(x**2)))
+    ).init(jnp.ones(2))
+    prices = known_prices(start)._replace(response=jnp.asarray(answers, start.weights.dtype))
+    start = start._replace(first_weights=jnp.ones(3))
+
+    @jax.jit
+    def play(state):
+        def turn(state, _):
+            weights = jnp.exp(state.log_weights)
+            cost = (jnp.asarray(sizes) * weights**answers / weights)[:, None]
+            cost = cost.astype(weights.dtype)
+            moved, _ = decide(settings, scale_free, state, None, prices._replace(cost=cost))
+            return state._replace(log_weights=moved), moved
+
+        return jax.lax.scan(turn, state, length=1000)[1]
+
+    logs = np.asarray(play(start), float)
+    shares = np.log(sizes) + answers * logs[-1]
+    if scale_free:
+        # the level: c = sum (g_k / r_k^2) / sum 1 / r_k^2 at the start, where the gaps g are known
+        gap = np.log(sizes.mean()) - np.log(sizes)
+        level = (gap / answers**2).sum() / (answers**-2.0).sum()
+        np.testing.assert_allclose(logs[0], 0.1 * answers * (gap - level), rtol=1e-3, atol=eps)
+        np.testing.assert_allclose(shares, shares[0], atol=1e-3)
+        assert np.abs(logs[:, 0]).max() < 0.1
+    else:
+        # a common factor is felt: the total is kept, and the rigid weight climbs, slowly
+        assert logs[-1, 0] > 1
+        np.testing.assert_allclose(shares[1], shares[2], atol=1e-2)

@@ -18,6 +18,8 @@ from smallgain_jax.losses.prices import Prices
 from smallgain_jax.losses.state import Settings, TrainingState
 
 POLICIES = ("reference", "fair", "greedy")
+UNMOVED = 0.02
+"""A response below this is noise: no share is taken to be more rigid."""
 
 
 def decide(
@@ -25,7 +27,7 @@ def decide(
 ) -> tuple[jax.Array, jax.Array]:
     """Logarithms of the new weights [K], and scores [K]."""
     if settings.policy == "fair":
-        return _fair(settings, state, prices), state.scores
+        return _fair(settings, scale_free, state, prices), state.scores
     if settings.policy == "greedy":
         return _greedy(settings, scale_free, state, gradients, prices)
     return state.log_weights, state.scores
@@ -36,7 +38,7 @@ def _spend(settings: Settings, cost: jax.Array) -> Callable[..., Any]:
     return partial(allocate, cost=cost, rows=touched, rounds=settings.rounds)
 
 
-def _fair(settings: Settings, state: TrainingState, prices: Prices) -> jax.Array:
+def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Prices) -> jax.Array:
     # in the unit of each loss, so that no constant factor of one is felt
     cost = state.first_weights[:, None] * prices.cost
     num_terms = cost.shape[0]
@@ -51,10 +53,24 @@ def _fair(settings: Settings, state: TrainingState, prices: Prices) -> jax.Array
         row_budget=jnp.maximum(budget, 0),
         policy="fair",
     ).weights
-    aim = jnp.where(jnp.sum(cost, axis=1) > 0, jnp.log(shares), state.log_weights)
+    priced = jnp.sum(cost, axis=1) > 0
+    gap = jnp.where(priced, jnp.log(shares) - state.log_weights, 0)
+    if scale_free:
+        gap = jnp.where(priced, gap - _level(gap, priced, prices.response), 0)
     # a share that does not answer to its weight asks for more of it for ever
     pace = jnp.asarray(settings.ema, cost.dtype) * prices.response
-    return state.log_weights + pace * (aim - state.log_weights)
+    return state.log_weights + pace * gap
+
+
+def _level(gap: jax.Array, priced: jax.Array, response: jax.Array) -> jax.Array:
+    r"""c of $\min_c \sum_k ((g_k - c) / r_k)^2$: the common share that takes the least weights.
+
+    An optimizer that feels no common factor leaves c open. A share that hardly answers to its
+    weight sets it, and the others come to that share: raised to theirs, its weight would grow a
+    thousandfold where nothing but the other losses feels it.
+    """
+    trust = jnp.where(priced, jnp.maximum(response, UNMOVED) ** -2, 0)
+    return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
 
 
 def _greedy(
