@@ -89,6 +89,33 @@ def test_ends_may_be_equal_or_infinite(small_bottom):
     np.testing.assert_allclose(found.x, expected, atol=1e-8)
 
 
+@pytest.mark.parametrize("share", [0.01, 0.3])
+def test_pinned_nodes_lift_nobody(share, eps):
+    """Equal bounds here and there, pulled hard, beside nodes in contact."""
+    rng = np.random.default_rng(1)
+    side, n = 24, 576
+    i, j = hard.grid_edges(side)
+    local = sg.Landau(a=np.full(n, 1e-3), target=rng.standard_normal(n) * 300)
+    graph = sg.EnergyGraph(local, [sg.Quadratic(i, j)])
+    low, high = rng.uniform(-1, 0, n), rng.uniform(0, 1, n)
+    pinned = rng.random(n) < share
+    high = np.where(pinned, low, high)
+    found = sg.relax(graph, np.zeros(n), bounds=(low, high), metric=sg.multilevel(graph))
+    assert found.info.status == sg.RelaxStatus.CONVERGED
+    assert found.info.steps <= 4
+    matrix = np.asarray(jax.hessian(graph.energy)(jnp.zeros(n)), float)
+    slope = np.asarray(graph.gradient(jnp.zeros(n)), float)
+    expected = scipy.optimize.minimize(
+        lambda x: ((matrix @ x / 2 + slope) @ x, matrix @ x + slope),
+        np.clip(0, low, high),
+        jac=True,
+        bounds=list(zip(low, high)),
+        method="L-BFGS-B",
+        options={"maxiter": 5000, "ftol": 1e-15, "gtol": 1e-12},
+    )
+    np.testing.assert_allclose(found.x, expected.x, atol=1e-5 + 1e3 * eps)
+
+
 def test_obstacle_takes_few_more_rounds_on_a_finer_grid(eps):
     """One layer of nodes a round would be four times as many."""
     rounds = []

@@ -606,6 +606,43 @@ def test_quadratic_graphs_are_recognized_by_their_families():
         sg.conjugate_gradients(hinged, [0.0, 1.0])
 
 
+@pytest.mark.parametrize("start", [0.0, 1e4])
+@pytest.mark.parametrize("unit", [1.0, 1e-12])
+def test_converged_is_said_of_the_gradient_itself(start, unit, eps):
+    """Far from the minimum the recurrence runs ahead of what x can hold."""
+    rng = np.random.default_rng(0)
+    i, j = hard.grid_edges(24)
+    target = rng.integers(0, 64, 576) / 64
+    local = sg.Landau(a=np.full(576, unit * 2.0**-10), target=target)
+    graph = sg.EnergyGraph(local, sg.Quadratic(i, j, np.full(i.size, unit)))
+    x0 = jnp.full(576, start) * (-1.0) ** jnp.arange(576)
+    for metric in ("rows", sg.choose_metric(graph), multilevel(graph)):
+        found = sg.conjugate_gradients(graph, x0, metric)
+        norms = [float(jnp.max(jnp.abs(graph.gradient(x)))) for x in (found.x, x0)]
+        np.testing.assert_allclose(found.gradient_norm, norms[0], rtol=1e-2, atol=4 * eps * unit)
+        rounding = 4 * eps * 16.1 * unit * float(jnp.abs(found.x).max())
+        assert found.converged
+        assert norms[0] <= max(1e-6 * norms[1], rounding)
+
+
+@pytest.mark.once
+def test_metrics_of_other_graphs_are_refused():
+    here = np.arange(11)
+    long = sg.EnergyGraph(sg.Landau(a=np.ones(12)), sg.Quadratic(here, here + 1))
+    short = sg.EnergyGraph(sg.Landau(a=np.ones(12)), sg.Quadratic(here[:9], here[:9] + 1))
+    with pytest.raises(ValueError, match="the hierarchy is of 9 edges, the graph has 11"):
+        sg.relax(long, np.zeros(12), metric=multilevel(short))
+    with pytest.raises(TypeError, match="metric = 'row' must be a hierarchy"):
+        sg.conjugate_gradients(long, np.zeros(12), "row")
+    with pytest.raises(ValueError, match=r"x0\[0\] = nan must be finite"):
+        sg.choose_metric(long, np.full(12, np.nan))
+    with pytest.raises(ValueError, match=r"x\[0\] = nan must be finite"):
+        multilevel(long, np.full(12, np.nan))
+    state = sg.relax(long, np.ones(12), steps=1).state
+    with pytest.raises(ValueError, match="state was made with another metric"):
+        sg.relax(long, np.ones(12), metric=multilevel(long), state=state)
+
+
 # ---------------------------------------------------------------------------------------- the suite
 
 SMALL = {

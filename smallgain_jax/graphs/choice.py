@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import as_float, is_concrete
+from smallgain_jax._checks import as_float, check_finite, is_concrete
 from smallgain_jax.graphs.graph import EnergyGraph, _as_activity
 from smallgain_jax.graphs.multilevel import UNCOUPLED, Hierarchy, multilevel, priced_couplings
 from smallgain_jax.spectral.rows import Activity
@@ -62,6 +62,7 @@ def choose_metric(
     if not is_concrete((graph, x0)):
         return MetricChoice(None, "rows: the graph is traced, and a hierarchy is built on the host")
     x = jnp.zeros(graph.num_nodes, float) if x0 is None else as_float("x0", x0)
+    check_finite("x0", x)
     left, steps = _trial(graph, x, _as_activity(smoothing))
     if left <= TRIAL_DROP:
         return MetricChoice(None, f"rows: {steps} steps of conjugate gradients leave {left:.0e}")

@@ -116,9 +116,10 @@ def minimum(
 
 def _held(model: Model, box: Box, y: jax.Array, left: jax.Array) -> jax.Array:
     low, high = y <= box.lower, y >= box.upper
-    pull = jnp.where(low, left, jnp.where(high, -left, 0))
-    # a node between two equal bounds is at both
-    return (low & high) | ((low | high) & ~model.lifts(pull))
+    # a node between two equal bounds is at both, and lifts nobody along
+    fixed = low & high
+    pull = jnp.where(fixed, 0, jnp.where(low, left, jnp.where(high, -left, 0)))
+    return fixed | ((low | high) & ~model.lifts(pull))
 
 
 def _round(model: Model, box: Box, cycle: Any, c: Minimum) -> Minimum:

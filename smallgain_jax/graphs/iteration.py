@@ -120,6 +120,9 @@ def _continued(run: Run, x: jax.Array, state: Any) -> tuple[Evaluation, Any]:
     same = jnp.isfinite(state.value) & jnp.all(jnp.abs(state.grad - fresh.gradient) <= rounding)
     stored = _cast(Evaluation(state.value, state.grad, state.magnitude), x)
     begun = run.optimizer.init(x)
+    made: Any = jax.tree.structure(state)
+    if made != jax.tree.structure(begun):
+        raise ValueError("state was made with another metric or optimizer: it goes on with its own")
     found: tuple[Evaluation, Any] = jax.lax.cond(
         same, lambda: (stored, state), lambda: (fresh, cast_like(begun, state))
     )

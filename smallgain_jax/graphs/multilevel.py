@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from smallgain_jax._checks import is_concrete
+from smallgain_jax._checks import check_finite, is_concrete
 from smallgain_jax._tree import matmul
 from smallgain_jax.graphs.aggregation import (
     Coupled,
@@ -253,6 +253,11 @@ class Hierarchy(eqx.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """Coupling of each edge, [E] or [E, d], and what rows hold beyond them, shaped like x."""
         terms, local = priced_couplings(graph, x, self.activity)
+        if terms.shape[0] != self.term.size:
+            raise ValueError(
+                f"metric: the hierarchy is of {self.term.size} edges, "
+                f"the graph has {terms.shape[0]}"
+            )
         finest = self.levels[0]
         coupling = jnp.zeros((finest.i.shape[0], *x.shape[1:]), terms.dtype)
         coupling = coupling.at[self.term].add(terms, mode="promise_in_bounds")
@@ -610,7 +615,7 @@ def multilevel(
       A `Hierarchy`, a pytree.
 
     Raises:
-      ValueError: edges that are traced.
+      ValueError: edges that are traced, an x that is not finite.
 
     >>> from smallgain_jax import Landau, Quadratic
     >>> here = np.arange(999)
@@ -624,6 +629,8 @@ def multilevel(
     """
     if not is_concrete(graph.edges):
         raise ValueError("graph must be concrete: build the hierarchy once, outside of jit")
+    if x is not None:
+        check_finite("x", x)
     activity = _as_activity(smoothing)
     coupled = [family for family in graph.edges if not isinstance(family, UNCOUPLED)]
     none = np.zeros(0, np.int64)

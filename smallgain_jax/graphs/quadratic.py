@@ -1,7 +1,9 @@
 """Quadratic graphs without a box: plain conjugate gradients, preconditioned by rows or a hierarchy.
 
 Where the energy is quadratic the minimum along a line is known, so nothing has to be tried, and the
-gradient follows by recurrence. The iterates are those of the general method.
+gradient follows by recurrence. The iterates are those of the general method. A recurrence forgets
+what rounding does to x: where it says that the end is reached, the gradient is taken anew, and the
+iteration begins again from there as long as that halves it.
 """
 
 from collections.abc import Callable
@@ -15,12 +17,16 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
 from smallgain_jax._show import shows
+from smallgain_jax.graphs.choice import MetricChoice
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
 from smallgain_jax.graphs.multilevel import Hierarchy
 from smallgain_jax.spectral.conjugate import Conjugate
 from smallgain_jax.spectral.conjugate import conjugate_gradients as krylov
+
+ROUNDING = 4
+"""Units of rounding of its largest terms up to which a sum of couplings counts as nothing."""
 
 
 @shows()
@@ -29,7 +35,7 @@ class QuadraticResult(NamedTuple):
 
     x: jax.Array  # [n] or [n, d]
     steps: jax.Array  # [] int32
-    gradient_norm: jax.Array  # [] max |g| at x, by recurrence
+    gradient_norm: jax.Array  # [] max |g| at x
     converged: jax.Array  # [] bool
 
 
@@ -53,7 +59,7 @@ def is_quadratic(graph: EnergyGraph) -> bool:
 def conjugate_gradients(
     graph: EnergyGraph,
     x0: ArrayLike,
-    metric: Hierarchy | None = None,
+    metric: Hierarchy | MetricChoice | str | None = None,
     *,
     steps: int = 1000,
     tol: float | jax.Array = 1e-6,
@@ -63,15 +69,17 @@ def conjugate_gradients(
     Args:
       graph: of which `is_quadratic` holds; not checked where it is traced.
       x0: start, [n] or [n, d].
-      metric: a hierarchy; None for the rows.
+      metric: a hierarchy, or what `choose_metric` took; None or "rows" for the rows.
       steps: at most so many products, static or not.
-      tol: of max |g|, against its value at the start.
+      tol: of max |g|, against its value at the start. A gradient that is no more than the rounding
+        of its own sum counts as reached.
 
     Returns:
       A `QuadraticResult`.
 
     Raises:
       ValueError: a graph that is not quadratic.
+      TypeError: another metric.
 
     >>> graph = EnergyGraph(Landau(a=[1.0, 1.0], target=1.0), Quadratic([0], [1], 0.5))
     >>> conjugate_gradients(graph, [1.0, 0.0]).x.round(4).tolist()
@@ -80,7 +88,22 @@ def conjugate_gradients(
     if is_concrete(graph) and not is_quadratic(graph):
         raise ValueError("graph must be quadratic: springs, linear rewards, Landau with b = 0")
     x0 = as_float("x0", x0)
+    if isinstance(metric, MetricChoice):
+        metric = metric.hierarchy
+    if isinstance(metric, str) and metric == "rows":
+        metric = None
+    if not isinstance(metric, Hierarchy | None):
+        raise TypeError(f'metric = {metric!r} must be a hierarchy, "rows" or None')
     return _conjugate_gradients(graph, x0, metric, steps, tol)
+
+
+class _Pass(NamedTuple):
+    """Where a recurrence ended, and what the gradient is there."""
+
+    x: jax.Array
+    gradient: jax.Array
+    steps: jax.Array  # [] int32, in all
+    falls: jax.Array  # [] bool, the last pass halved it
 
 
 @jax.jit
@@ -102,19 +125,40 @@ def _conjugate_gradients(
         cycle = metric.precondition(graph, x0, rows, jnp.ones(x0.shape, bool))
         product, precondition = cycle.product, cycle.__call__
     gradient = graph.gradient(x0)
-    wanted = tol * jnp.max(jnp.abs(gradient), initial=0.0)
+    wanted = tol * _largest(gradient)
 
-    def going(c: Conjugate) -> jax.Array:
-        left = jnp.max(jnp.abs(c.residual), initial=0.0)
-        return (left > wanted) & (c.norm > 0) & (c.steps < steps)
+    def going(before: _Pass, c: Conjugate) -> jax.Array:
+        least = jnp.maximum(wanted, jnp.finfo(x0.dtype).eps * _largest(before.gradient))
+        return (_largest(c.residual) > least) & (c.norm > 0) & (before.steps + c.steps < steps)
 
     def curved(bend: jax.Array, _: jax.Array) -> tuple[jax.Array, jax.Array]:
         # a linear reward on a node that nothing bends has no minimum: stay
         return bend, bend > 0
 
-    end = krylov(product, -gradient, precondition, going, curved, start=x0)
-    left = jnp.max(jnp.abs(end.residual), initial=0.0)
-    return QuadraticResult(end.solution, end.steps, left, left <= wanted)
+    def reached(at: _Pass) -> jax.Array:
+        rounding = ROUNDING * jnp.finfo(x0.dtype).eps * rows * jnp.abs(at.x)
+        return jnp.all(jnp.abs(at.gradient) <= jnp.maximum(wanted, rounding))
+
+    def unfinished(at: _Pass) -> jax.Array:
+        return at.falls & ~reached(at) & (at.steps < steps)
+
+    def one(at: _Pass) -> _Pass:
+        right, start = -at.gradient, at.x
+        end = krylov(product, right, precondition, partial(going, at), curved, start=start)
+        found = graph.gradient(end.solution)
+        # steps lower the energy, not each gradient; a pass that follows another mends rounding only
+        better = (at.steps == 0) | (_largest(found) < _largest(at.gradient))
+        x, g = (jnp.where(better, *pair) for pair in ((end.solution, at.x), (found, at.gradient)))
+        falls = _largest(found) < 0.5 * _largest(at.gradient)
+        return _Pass(x, g, at.steps + end.steps, falls)
+
+    begin = _Pass(x0, gradient, jnp.zeros((), jnp.int32), jnp.ones((), bool))
+    at = jax.lax.while_loop(unfinished, one, begin)
+    return QuadraticResult(at.x, at.steps, _largest(at.gradient), reached(at))
+
+
+def _largest(gradient: jax.Array) -> jax.Array:
+    return jnp.max(jnp.abs(gradient), initial=0.0)
 
 
 __all__ = ["QuadraticResult", "conjugate_gradients", "is_quadratic"]

@@ -128,10 +128,11 @@ def loss_small_gain(
       $p_k \sum_j w^0_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional fairness (Kelly, Maulloo
       and Tan 1998) at the total cost under the first weights $w^0$: every loss gets its share of
       the margin. Under Adam, which feels no common factor, the total is that which takes the least
-      change of weights (see `policies`). For losses in arbitrary units that can all vanish (physics-informed networks).
-      Under an optimizer that feels a common factor, the learning rate is relative to the curvature
-      at the first batch: gradient descent is stable there below 2. **It solves another problem**
-      where weights are meant: a small regularizer is raised hundreds of times.
+      change of weights (see `policies`). For losses in arbitrary units that can all vanish
+      (physics-informed networks). Under an optimizer that feels a common factor, the learning rate
+      is relative to the curvature at the first batch: gradient descent is stable there below 2.
+      **It solves another problem** where weights are meant: a small regularizer is raised hundreds
+      of times.
     * "greedy" raises and sheds by value over cost, where losses agree and the margin has slack.
 
     With weights other than 1 the gradient is this transformation's own, and takes over a common
