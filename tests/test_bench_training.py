@@ -577,8 +577,14 @@ def test_report_compares_at_the_last_common_step():
     ]
     rows = reporting.compared(reporting.together(reports), "small_gain")
     assert rows == [
-        {"method": "fair", "one 5": 2.0, "two 5": 4.0, "over": 1.0, "worst": 1.0},
-        {"method": "equal weights", "one 5": 3.0, "two 5": 8.0, "over": 1.75, "worst": 1.5},
+        {"method": "fair", "one 5": 2.0, "two 5": 4.0, "median over fair": 1.0, "least": 1.0},
+        {
+            "method": "equal weights",
+            "one 5": 3.0,
+            "two 5": 8.0,
+            "median over fair": 1.75,
+            "least": 1.5,
+        },
     ]
 
 

@@ -626,6 +626,24 @@ def test_hyperparameters_that_are_traced():
 # Closed forms
 
 
+def test_closed_forms_are_where_roots_leave_the_unit_circle(eps):
+    """Of the characteristic polynomials in z, by eigenvalues, just below and just above."""
+    rng = np.random.default_rng(0)
+    for rate, beta in zip(10 ** rng.uniform(-4, 2, 20), rng.uniform(0, 0.99, 20), strict=True):
+        polynomials = [
+            (sg.gradient_descent_limit(rate), lambda q: [1, -q]),
+            (sg.heavy_ball_limit(rate, beta), lambda q, b=beta: [1, -(b + q), b]),
+            (sg.nesterov_limit(rate, beta), lambda q, b=beta: [1, -(1 + b) * q, b * q]),
+        ]
+        for limit, polynomial in polynomials:
+            near = 1e-3 + 100 * eps
+            below, above = (
+                np.abs(np.roots(polynomial(1 - rate * float(limit) * side))).max()
+                for side in (1 - near, 1 + near)
+            )
+            assert below < 1 < above
+
+
 def test_row_budgets_are_never_negative():
     budgets = row_budgets(2.0, jnp.asarray([1.0, 2.0, 3.0]), 0.5)
     np.testing.assert_array_equal(budgets, [0.5, 0.0, 0.0])

@@ -616,7 +616,7 @@ def test_converged_is_said_of_the_gradient_itself(start, unit, eps):
     local = sg.Landau(a=np.full(576, unit * 2.0**-10), target=target)
     graph = sg.EnergyGraph(local, sg.Quadratic(i, j, np.full(i.size, unit)))
     x0 = jnp.full(576, start) * (-1.0) ** jnp.arange(576)
-    for metric in ("rows", sg.choose_metric(graph), multilevel(graph)):
+    for metric in ("rows", "auto", sg.choose_metric(graph), multilevel(graph)):
         found = sg.conjugate_gradients(graph, x0, metric)
         norms = [float(jnp.max(jnp.abs(graph.gradient(x)))) for x in (found.x, x0)]
         np.testing.assert_allclose(found.gradient_norm, norms[0], rtol=1e-2, atol=4 * eps * unit)

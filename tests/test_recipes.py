@@ -206,7 +206,8 @@ def test_an_injected_rate_moves_the_limit():
     slower = state._replace(base_state=optax.tree.set(state.base_state, learning_rate=low))
     (_, now), (_, then) = step((params, state), X[1]), step((params, slower), X[1])
     np.testing.assert_allclose(then.info.limit, 10 * now.info.limit, rtol=1e-5)
-    np.testing.assert_array_equal(now.weights, then.weights)
+    # the metric has the rate in it, so that prices differ by its rounding
+    np.testing.assert_allclose(now.weights, then.weights, rtol=1e-6)
 
 
 def test_settings_injected_around():

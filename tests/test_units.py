@@ -224,3 +224,49 @@ def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
         # a common factor is felt: the total is kept, and the rigid weight climbs, slowly
         assert logs[-1, 0] > 1
         np.testing.assert_allclose(shares[1], shares[2], atol=1e-2)
+
+
+@pytest.mark.x64
+def test_a_response_is_the_derivative_of_a_share():
+    """d log(w_k lambda_k) / d log w_k by differences, P the size of the weighted gradient."""
+    rng = np.random.default_rng(3)
+    roots = rng.standard_normal((2, 5, 5))
+    bends = roots @ np.swapaxes(roots, 1, 2)
+    # of one sign, so that no part of phi is clipped
+    at, slopes = rng.standard_normal(5), rng.uniform(0.1, 2, (2, 5))
+    centres = at - np.linalg.solve(bends, slopes[:, :, None])[:, :, 0]
+
+    def losses(x):
+        parts = [(x - c) @ jnp.asarray(h) @ (x - c) / 2 for c, h in zip(centres, bends)]
+        return dict(zip("ab", parts))
+
+    # of a gradient that stays, Adam's metric is the size; the parameters hardly move
+    base = optax.adam(1e-9, b1=0.0, b2=0.5, eps=1e-12)
+    settings = {"policy": "fair", "warmup": 0, "every": 1, "iterations": 400, "ema": 1e-9}
+    optimizer = sg.small_gain(base, sg.terms(losses, names=("a", "b")), guard=None, **settings)
+
+    @jax.jit
+    def play(x, state):
+        def step(carry, _):
+            x, state = carry
+            gradient = jax.grad(lambda x: sum(losses(x).values()))(x)
+            updates, state = optimizer.update(gradient, state, x)
+            return (optax.apply_updates(x, updates), state), None
+
+        return jax.lax.scan(step, (x, state), length=60)[0][1]
+
+    x = jnp.asarray(at)
+    state = play(x, optimizer.init(x))
+    weights = np.asarray(state.weights, float)
+
+    def share(k, logs):
+        scale = np.abs(np.exp(logs) @ slopes) ** -0.5
+        return logs[k] + np.log(np.linalg.eigvalsh(scale[:, None] * bends[k] * scale)[-1])
+
+    for k in range(2):
+        h = 1e-5 * np.eye(2)[k]
+        logs = np.log(weights)
+        expected = (share(k, logs + h) - share(k, logs - h)) / 2e-5
+        np.testing.assert_allclose(state.info.response[k], np.clip(expected, 0, 1), atol=1e-3)
+        cost = np.exp(share(k, logs) - logs[k])
+        np.testing.assert_allclose(state.info.cost[k, 0], cost, rtol=1e-3)

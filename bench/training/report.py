@@ -21,7 +21,9 @@ from bench.report import markdown
 
 SAID = {
     "equal": "equal weights",
-    "gradient_norms_100": "gradient norms",
+    "gradient_norms": "gradient norms, every step",
+    "gradient_norms_100": "gradient norms, every 100",
+    "gradient_norms_1000": "gradient norms, every 1,000",
     "small_gain": "fair",
     "small_gain_reference": "default",
 }
@@ -64,8 +66,8 @@ def together(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def compared(reports: list[dict[str, Any]], against: str) -> list[dict[str, Any]]:
     """A row a method: median of the seeds at its best rate, by problem, and over `against`'s.
 
-    "over" is the median over problems of that ratio, "worst" the least: the problem on which
-    `against` loses most to the method. A column is a problem and the steps after which it stands.
+    The ratio's median over problems, and the least of them: the problem on which `against` loses
+    most to the method. A column is a problem and the steps after which it stands.
     """
     columns: dict[str, dict[str, float]] = {}
     for report in reports:
@@ -77,14 +79,14 @@ def compared(reports: list[dict[str, Any]], against: str) -> list[dict[str, Any]
         best = best_rates([until(cell, step) for cell in cells], settings["metric"])
         columns[f"{settings['case']} {step}"] = {m: row["median"] for m, row in best.items()}
     methods = sorted({name for column in columns.values() for name in column})
-    rows = []
+    rows, said = [], SAID.get(against, against)
     for name in methods:
         row: dict[str, Any] = {"method": SAID.get(name, name)}
         row |= {key: column.get(name) for key, column in columns.items()}
         pairs = [(c[name], c[against]) for c in columns.values() if {name, against} <= c.keys()]
         ratios = [theirs / ours for theirs, ours in pairs]
-        rows.append(row | {"over": float(np.median(ratios)), "worst": float(min(ratios))})
-    rows.sort(key=lambda row: row["over"])
+        rows.append(row | {f"median over {said}": float(np.median(ratios)), "least": min(ratios)})
+    rows.sort(key=lambda row: row[f"median over {said}"])
     return [{k: _finite(v) for k, v in row.items()} for row in rows]
 
 

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
 from smallgain_jax._show import shows
-from smallgain_jax.graphs.choice import MetricChoice
+from smallgain_jax.graphs.choice import MetricChoice, choose_metric
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
@@ -26,7 +26,7 @@ from smallgain_jax.spectral.conjugate import Conjugate
 from smallgain_jax.spectral.conjugate import conjugate_gradients as krylov
 
 ROUNDING = 4
-"""Units of rounding of its largest terms up to which a sum of couplings counts as nothing."""
+"""A gradient of so many roundings of a row times its state is no longer told from 0."""
 
 
 @shows()
@@ -69,10 +69,11 @@ def conjugate_gradients(
     Args:
       graph: of which `is_quadratic` holds; not checked where it is traced.
       x0: start, [n] or [n, d].
-      metric: a hierarchy, or what `choose_metric` took; None or "rows" for the rows.
+      metric: a hierarchy, or what `choose_metric` took; "auto" to let it choose, None or "rows" for
+        the rows.
       steps: at most so many products, static or not.
-      tol: of max |g|, against its value at the start. A gradient that is no more than the rounding
-        of its own sum counts as reached.
+      tol: of max |g|, against its value at the start. Entries no larger than the rounding of a row
+        times its state count as 0.
 
     Returns:
       A `QuadraticResult`.
@@ -88,12 +89,14 @@ def conjugate_gradients(
     if is_concrete(graph) and not is_quadratic(graph):
         raise ValueError("graph must be quadratic: springs, linear rewards, Landau with b = 0")
     x0 = as_float("x0", x0)
+    if isinstance(metric, str) and metric == "auto":
+        metric = choose_metric(graph, x0)
     if isinstance(metric, MetricChoice):
         metric = metric.hierarchy
     if isinstance(metric, str) and metric == "rows":
         metric = None
     if not isinstance(metric, Hierarchy | None):
-        raise TypeError(f'metric = {metric!r} must be a hierarchy, "rows" or None')
+        raise TypeError(f'metric = {metric!r} must be a hierarchy, "auto", "rows" or None')
     return _conjugate_gradients(graph, x0, metric, steps, tol)
 
 

@@ -19,7 +19,7 @@ from smallgain_jax.losses.state import Settings, TrainingState
 
 POLICIES = ("reference", "fair", "greedy")
 UNMOVED = 0.02
-"""A response below this is noise: no share is taken to be more rigid."""
+"""A response below this is noise."""
 
 
 def decide(
@@ -44,9 +44,9 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
     num_terms = cost.shape[0]
     lower = jnp.full(num_terms, settings.floor, cost.dtype)
     upper = jnp.full(num_terms, settings.ceiling, cost.dtype)
-    # shares of what the first weights cost: no common factor, only ratios, move
+    # shares of what the first weights cost, so that mostly ratios move
     budget = jnp.sum(cost, axis=0) - matmul(lower, cost)
-    shares = _spend(settings, cost)(
+    target = _spend(settings, cost)(
         settings.parts(num_terms, cost.dtype),
         lower=lower,
         upper=upper,
@@ -54,20 +54,22 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
         policy="fair",
     ).weights
     priced = jnp.sum(cost, axis=1) > 0
-    gap = jnp.where(priced, jnp.log(shares) - state.log_weights, 0)
-    if scale_free:
+    gap = jnp.where(priced, jnp.log(target) - state.log_weights, 0)
+    if scale_free:  # whether the base optimizer feels no common factor of the gradient
         gap = jnp.where(priced, gap - _level(gap, priced, prices.response), 0)
     # a share that does not answer to its weight asks for more of it for ever
     pace = jnp.asarray(settings.ema, cost.dtype) * prices.response
-    return state.log_weights + pace * gap
+    moved = state.log_weights + pace * gap
+    return jnp.clip(moved, jnp.log(lower), jnp.log(upper))
 
 
 def _level(gap: jax.Array, priced: jax.Array, response: jax.Array) -> jax.Array:
-    r"""c of $\min_c \sum_k ((g_k - c) / r_k)^2$: the common share that takes the least weights.
+    r"""c of $\min_c \sum_k ((g_k - c) / r_k)^2$: the level that takes the least change of weights.
 
-    An optimizer that feels no common factor leaves c open. A share that hardly answers to its
-    weight sets it, and the others come to that share: raised to theirs, its weight would grow a
-    thousandfold where nothing but the other losses feels it.
+    In logarithms, gaps g of shares to their aims with responses r. An optimizer that feels no
+    common factor leaves c open. A share that hardly answers to its weight sets it, and the others
+    come to that share: raised to theirs, its weight would grow a thousandfold where nothing but the
+    other losses feels it.
     """
     trust = jnp.where(priced, jnp.maximum(response, UNMOVED) ** -2, 0)
     return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
