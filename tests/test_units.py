@@ -190,15 +190,15 @@ def test_the_plain_sum_at_the_scale_of_fair_shares():
 
 @pytest.mark.parametrize("scale_free", [True, False])
 def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
-    """Shares s_k = a_k w_k^r_k: they become equal, at the level of the one with r = 0.05."""
-    answers, sizes = np.array([0.05, 0.6, 1.0]), np.array([1.0, 3.0, 2.0])
+    """Shares s_k = a_k w_k^r_k: they become equal; one with r = 0.01 has no say and no part."""
+    answers, sizes = np.array([0.05, 0.6, 1.0, 0.01]), np.array([1.0, 3.0, 2.0, 50.0])
     blank = Settings(*(None,) * len(Settings._fields))
     settings = blank._replace(policy="fair", floor=1e-4, ceiling=1e4, ema=0.1, rounds=8)
     start = sg.small_gain(
-        optax.adam(1e-3), sg.terms(lambda x: dict.fromkeys("abc", jnp.sum(x**2)))
+        optax.adam(1e-3), sg.terms(lambda x: dict.fromkeys("abcd", jnp.sum(x**2)))
     ).init(jnp.ones(2))
     prices = known_prices(start)._replace(response=jnp.asarray(answers, start.weights.dtype))
-    start = start._replace(first_weights=jnp.ones(3))
+    start = start._replace(first_weights=jnp.ones(4))
 
     @jax.jit
     def play(state):
@@ -213,17 +213,50 @@ def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
 
     logs = np.asarray(play(start), float)
     shares = np.log(sizes) + answers * logs[-1]
+    np.testing.assert_array_equal(logs[:, 3], 0)
     if scale_free:
-        # the level: c = sum (g_k / r_k^2) / sum 1 / r_k^2 at the start, where the gaps g are known
-        gap = np.log(sizes.mean()) - np.log(sizes)
-        level = (gap / answers**2).sum() / (answers**-2.0).sum()
-        np.testing.assert_allclose(logs[0], 0.1 * answers * (gap - level), rtol=1e-3, atol=eps)
-        np.testing.assert_allclose(shares, shares[0], atol=1e-3)
+        # the level c = sum (g_k / r_k^2) / sum 1 / r_k^2 of those that answer; gaps at the start
+        gap, r = (np.log(sizes.mean()) - np.log(sizes))[:3], answers[:3]
+        level = (gap / r**2).sum() / (r**-2.0).sum()
+        np.testing.assert_allclose(logs[0, :3], 0.1 * r * (gap - level), rtol=1e-3, atol=4 * eps)
+        np.testing.assert_allclose(shares[:3], shares[0], atol=1e-3)
         assert np.abs(logs[:, 0]).max() < 0.1
     else:
         # a common factor is felt: the total is kept, and the rigid weight climbs, slowly
-        assert logs[-1, 0] > 1
-        np.testing.assert_allclose(shares[1], shares[2], atol=1e-2)
+        assert logs[-1, 0] > 3
+
+
+@pytest.mark.once
+def test_a_loss_with_parameters_of_its_own_moves_no_other():
+    """Its share answers to nothing, and is nobody's aim, however far from its optimum it starts."""
+
+    def losses(params):
+        parts = network_losses(params["network"], jnp.ones(3))
+        return {"fit": parts["fit"], "stiff": parts["stiff"], "own": jnp.sum(params["own"] ** 4)}
+
+    names = ("fit", "stiff", "own")
+    optimizer = sg.small_gain(optax.adam(1e-3), sg.terms(losses, names=names), policy="fair")
+    keys = jax.random.split(jax.random.key(0))
+    network = {"in": jax.random.normal(keys[0], (1, 8)), "out": jax.random.normal(keys[1], (8, 1))}
+
+    @jax.jit
+    def run(own):
+        def step(carry, _):
+            params, state = carry
+            gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        params = {"network": {**network, "out": network["out"][:, 0]}, "own": own}
+        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=400)
+        return params["network"], state.weights / state.first_weights
+
+    near, far = run(jnp.array([2.0, -3.0])), run(jnp.array([200.0, -300.0]))
+    for one, other in zip(jax.tree.leaves(near[0]), jax.tree.leaves(far[0]), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+    for _, moved in (near, far):
+        assert moved[2] == 1
+        assert np.abs(np.log(moved)).max() < np.log(10)
 
 
 @pytest.mark.x64

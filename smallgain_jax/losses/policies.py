@@ -19,7 +19,7 @@ from smallgain_jax.losses.state import Settings, TrainingState
 
 POLICIES = ("reference", "fair", "greedy")
 UNMOVED = 0.02
-"""A response below this is noise."""
+"""A response below this is noise: such a weight stays."""
 
 
 def decide(
@@ -55,23 +55,23 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
     ).weights
     priced = jnp.sum(cost, axis=1) > 0
     gap = jnp.where(priced, jnp.log(target) - state.log_weights, 0)
-    if scale_free:  # whether the base optimizer feels no common factor of the gradient
-        gap = jnp.where(priced, gap - _level(gap, priced, prices.response), 0)
     # a share that does not answer to its weight asks for more of it for ever
-    pace = jnp.asarray(settings.ema, cost.dtype) * prices.response
-    moved = state.log_weights + pace * gap
+    answers = jnp.where(priced & (prices.response >= UNMOVED), prices.response, 0)
+    if scale_free:  # whether the base optimizer feels no common factor of the gradient
+        gap -= _level(gap, answers)
+    moved = state.log_weights + jnp.asarray(settings.ema, cost.dtype) * answers * gap
     return jnp.clip(moved, jnp.log(lower), jnp.log(upper))
 
 
-def _level(gap: jax.Array, priced: jax.Array, response: jax.Array) -> jax.Array:
+def _level(gap: jax.Array, answers: jax.Array) -> jax.Array:
     r"""c of $\min_c \sum_k ((g_k - c) / r_k)^2$: the level that takes the least change of weights.
 
-    In logarithms, gaps g of shares to their aims with responses r. An optimizer that feels no
-    common factor leaves c open. A share that hardly answers to its weight sets it, and the others
-    come to that share: raised to theirs, its weight would grow a thousandfold where nothing but the
-    other losses feels it.
+    In logarithms, gaps g of shares to their aims with responses r, over those that answer at all.
+    An optimizer that feels no common factor leaves c open. The share that answers least sets it,
+    and the others come to that share: raised to theirs, its weight would grow a thousandfold where
+    nothing but the other losses feels it.
     """
-    trust = jnp.where(priced, jnp.maximum(response, UNMOVED) ** -2, 0)
+    trust = jnp.where(answers > 0, jnp.maximum(answers, UNMOVED) ** -2, 0)
     return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
 
 
