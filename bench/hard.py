@@ -167,6 +167,10 @@ def counted(matrix: Any, gradient: np.ndarray, precondition: Any) -> dict[str, A
     return {"steps": steps, "converged": converged, "processor_s": seconds}
 
 
+def box_of(problem: hard.Problem) -> Box:
+    return Box(*(problem.bounds or (-np.inf, np.inf)))
+
+
 def tolerance_of(problem: hard.Problem) -> float:
     """The part of its start that the projected gradient has to reach: two digits more at 1000^2."""
     return 1e-2 * TOLERANCE if problem.graph.num_nodes == 1000**2 else TOLERANCE
@@ -235,7 +239,7 @@ def first(reached: np.ndarray) -> tuple[int, bool]:
 
 def lbfgsb(problem: hard.Problem) -> dict[str, Any]:
     """SciPy's L-BFGS-B with our jitted value and gradient, stopped where the others are."""
-    graph, box = problem.graph, Box(*(problem.bounds or (-np.inf, np.inf)))
+    graph, box = problem.graph, box_of(problem)
     value_and_gradient = jax.jit(lambda g, x: g.value_and_gradient(x))
 
     def host(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -268,7 +272,7 @@ def lbfgsb(problem: hard.Problem) -> dict[str, Any]:
 
 def projected_ratio(problem: hard.Problem) -> Callable[[Any, jax.Array], jax.Array]:
     """Largest entry of the projected gradient, against that of the start, of a graph at x."""
-    box = Box(*(problem.bounds or (-jnp.inf, jnp.inf)))
+    box = box_of(problem)
 
     def largest(graph: Any, x: jax.Array) -> jax.Array:
         gradient = graph.gradient(x)
@@ -319,7 +323,7 @@ def jaxopt_lbfgsb(problem: hard.Problem) -> dict[str, Any]:
 
 def optax_lbfgs(problem: hard.Problem) -> dict[str, Any]:
     """Its steps under `relax`, which holds nodes at the box: the transformation knows none."""
-    box, optimizer = Box(*(problem.bounds or (-jnp.inf, jnp.inf))), optax.lbfgs()
+    box, optimizer = box_of(problem), optax.lbfgs()
 
     def begin(graph: Any, x: jax.Array) -> Any:
         return optimizer.init(x)

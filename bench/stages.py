@@ -398,7 +398,8 @@ def published(job: Job, note: Callable[[Row], None]) -> None:
         advecting.problem(job.size(advecting.PUBLISHED, advecting.REDUCED._replace(size=tiny))),
         allen_cahn.problem(job.size(embedded.PUBLISHED, tiny)),
     )
-    names = ("small_gain", "gradient_norms_1000", "equal")[: job.size(3, 1)]
+    names = ("small_gain", "gradient_norms_1000", "equal")
+    names = job.size(names, names[-1:])
     every, rate, seed = job.size(2000, 10), 1e-3, jnp.zeros(1, jnp.int32)
     number = jnp.asarray(rate)
 
@@ -444,7 +445,7 @@ def rivals(job: Job, note: Callable[[Row], None]) -> None:
             out = job.out / f"rivals_{case}_{side}.json"
             command = [sys.executable, "-m", "bench.training.grid", "--case", case]
             command += ["--out", str(out), "--steps", str(steps), *job.size((), quick)]
-            command += ["--methods", *job.size(methods, methods[:2])]
+            command += ["--methods", *job.size(methods, methods[:1])]
             started[out] = subprocess.Popen(command, env=environment)
     for process in started.values():
         try:

@@ -24,7 +24,7 @@ from bench.training import problems
 from bench.training.methods import METHODS
 from bench.training.peers import combine
 from bench.training.problems import Problem, value_and_term_grads
-from bench.training.run import Trainer, keys, number, seen
+from bench.training.run import Trainer, finite, keys, seen
 
 RIVALS = tuple(name for name in METHODS if not name.startswith("small_gain"))
 OURS = ("small_gain", "small_gain_reference")
@@ -202,10 +202,10 @@ def train(program: Program, rates: list[float], steps: int, every: int) -> Any:
             | facts
             | {
                 "metrics": {
-                    key: [[number(x) for x in table[key][m, r]] for table in tables]
+                    key: [[finite(x) for x in table[key][m, r]] for table in tables]
                     for key in tables[0]
                 },
-                "weights": [[number(w) for w in row] for row in np.asarray(weights)[m, r]],
+                "weights": [[finite(w) for w in row] for row in np.asarray(weights)[m, r]],
             }
             for m, name in enumerate(program.methods)
             for r, rate in enumerate(rates)

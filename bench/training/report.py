@@ -133,7 +133,7 @@ def medians(report: dict[str, Any], metric: str | None = None) -> dict[str, Any]
     best = best_rates(list(report["cells"].values()), metric).values()
     facts = {"problem": settings["case"], "measure": metric.replace("_", " ")}
     facts |= {"steps": settings["steps"], "seeds": len(settings["seeds"])}
-    finite = {r["method"]: r["median"] if math.isfinite(r["median"]) else None for r in best}
+    finite = {r["method"]: _finite(r["median"]) for r in best}
     return facts | {SAID.get(name, name): finite[name] for name in sorted(finite)}
 
 

@@ -103,7 +103,7 @@ class Trainer:
         names = list(tables[0][0])
         metrics = {
             name: [
-                [number(x) for table in tables for x in np.atleast_1d(table[row][name])]
+                [finite(x) for table in tables for x in np.atleast_1d(table[row][name])]
                 for row in range(len(tables[0]))
             ]
             for name in names
@@ -113,7 +113,7 @@ class Trainer:
         return {
             "steps": list(range(0, steps + 1, self.every)),
             "metrics": metrics,
-            "weights": [[number(w) for w in row] for row in weights],
+            "weights": [[finite(w) for w in row] for row in weights],
             "lanes": self.lanes,
             "compile_s": compile_s,
             "run_s": seconds,
@@ -239,7 +239,7 @@ def seen(
     return Sight(values, grads, index, key, traces)
 
 
-def number(x: Any) -> float | None:
+def finite(x: Any) -> float | None:
     """A number for JSON, where what diverged is null."""
     return float(x) if math.isfinite(x) else None
 

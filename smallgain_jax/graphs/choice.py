@@ -1,6 +1,6 @@
 """Rows or a hierarchy: the choice behind `metric="auto"`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -28,6 +28,15 @@ class MetricChoice(NamedTuple):
 
     hierarchy: Hierarchy | None  # None for the rows
     reason: str
+
+
+def chosen(metric: Any, objective: Any, x0: ArrayLike) -> Any:
+    """The metric that "auto", a `MetricChoice` or None stands for: "rows", or an object."""
+    if isinstance(metric, str) and metric == "auto":
+        metric = choose_metric(objective, x0) if isinstance(objective, EnergyGraph) else None
+    if isinstance(metric, MetricChoice):
+        metric = metric.hierarchy
+    return "rows" if metric is None else metric
 
 
 def choose_metric(
@@ -116,4 +125,4 @@ def _trial(graph: EnergyGraph, x: jax.Array, activity: Activity) -> tuple[float,
     return (float(np.sqrt(slope / start)) if start else 0.0), steps
 
 
-__all__ = ["MetricChoice", "choose_metric"]
+__all__ = ["MetricChoice", "choose_metric", "chosen"]

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 
 from smallgain_jax._checks import as_float, is_concrete
 from smallgain_jax._show import shows
-from smallgain_jax.graphs.choice import MetricChoice, choose_metric
+from smallgain_jax.graphs.choice import MetricChoice, chosen
 from smallgain_jax.graphs.families import GateBenefit, Quadratic
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.local import Landau
@@ -89,10 +89,7 @@ def conjugate_gradients(
     if is_concrete(graph) and not is_quadratic(graph):
         raise ValueError("graph must be quadratic: springs, linear rewards, Landau with b = 0")
     x0 = as_float("x0", x0)
-    if isinstance(metric, str) and metric == "auto":
-        metric = choose_metric(graph, x0)
-    if isinstance(metric, MetricChoice):
-        metric = metric.hierarchy
+    metric = chosen(metric, graph, x0)
     if isinstance(metric, str) and metric == "rows":
         metric = None
     if not isinstance(metric, Hierarchy | None):

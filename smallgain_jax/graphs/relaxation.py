@@ -17,7 +17,7 @@ from smallgain_jax._show import shows
 from smallgain_jax._tree import still
 from smallgain_jax.graphs import iteration
 from smallgain_jax.graphs.adjoint import AdjointReport, Solution, minimizer, minimum, reported
-from smallgain_jax.graphs.choice import MetricChoice, choose_metric
+from smallgain_jax.graphs.choice import chosen
 from smallgain_jax.graphs.descent import Metric
 from smallgain_jax.graphs.graph import EnergyGraph
 from smallgain_jax.graphs.objective import Function
@@ -150,7 +150,7 @@ def relax(
     >>> {name: round(float(leaf), 4) for name, leaf in found.x.items()}
     {'u': 0.5, 'v': 0.25}
     """
-    metric = _chosen(metric, objective, x0)
+    metric = chosen(metric, objective, x0)
     _check(objective, optimizer, steps, tol, adjoint, metric)
     steps = int(steps)
     better = None if isinstance(metric, str) else metric
@@ -167,15 +167,6 @@ def relax(
     run = _small_quickly if isinstance(objective, EnergyGraph) else _well
     result = run(data, tol, limit, tuple(leaves), structure, capacity, adjoint)
     return result if capacity == steps else result._replace(energy=result.energy[: steps + 1])
-
-
-def _chosen(metric: Any, graph: Any, x0: Any) -> Any:
-    """The metric that "auto" or a `MetricChoice` stands for."""
-    if isinstance(metric, str) and metric == "auto":
-        metric = choose_metric(graph, x0) if isinstance(graph, EnergyGraph) else "rows"
-    if isinstance(metric, MetricChoice):
-        metric = metric.hierarchy
-    return "rows" if metric is None else metric
 
 
 def _check(
@@ -295,7 +286,7 @@ def adjoint_report(
     >>> bool(report.sound), int(report.free), int(report.iterations)
     (True, 1, 1)
     """
-    metric = _chosen(metric, objective, x)
+    metric = chosen(metric, objective, x)
     _check(objective, None, 0, tol, "implicit", metric)
     whole, flat, box = posed(objective, x, bounds, args, rows)
     if cotangent is None:
