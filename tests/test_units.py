@@ -259,6 +259,37 @@ def test_a_loss_with_parameters_of_its_own_moves_no_other():
         assert np.abs(np.log(moved)).max() < np.log(10)
 
 
+@pytest.mark.once
+def test_a_loss_at_its_optimum_from_the_start_moves_no_other():
+    """Its second moments are 0, its price that over eps: shares would raise all others to it."""
+
+    def losses(params):
+        parts = network_losses(params["network"], jnp.ones(3))
+        return {"fit": parts["fit"], "stiff": parts["stiff"], "own": jnp.sum(params["own"] ** 2)}
+
+    names = ("fit", "stiff", "own")
+    optimizer = sg.small_gain(optax.adam(1e-3), sg.terms(losses, names=names), policy="fair")
+    keys = jax.random.split(jax.random.key(0))
+    network = {"in": jax.random.normal(keys[0], (1, 8)), "out": jax.random.normal(keys[1], (8,))}
+    params = {"network": network, "own": jnp.zeros(2)}
+
+    @jax.jit
+    def run(params):
+        def step(carry, _):
+            params, state = carry
+            gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
+            updates, state = optimizer.update(gradient, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, optimizer.init(params)), length=400)[0][1]
+
+    state = run(params)
+    moved = state.weights / state.first_weights
+    assert state.info.response[2] == 0
+    assert moved[2] == 1
+    assert np.abs(np.log(moved)).max() < np.log(10)
+
+
 @pytest.mark.x64
 def test_a_response_is_the_derivative_of_a_share():
     """d log(w_k lambda_k) / d log w_k by differences, P the size of the weighted gradient."""

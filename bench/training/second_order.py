@@ -108,7 +108,10 @@ def gauss_newton(boundary: float, start: Any) -> Solver:
         def trial(mu: float) -> tuple[float, np.ndarray]:
             damped = gram.T.copy(order="F")  # symmetric; LAPACK's order spares its own copy
             damped[np.diag_indices(r.size)] += mu
-            factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+            try:
+                factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+            except np.linalg.LinAlgError:  # mu is below the rounding of the Gram matrix
+                return math.inf, flat
             first = -matrix.T @ cho_solve(factor, r, check_finite=False)
             bent = np.asarray(bend(flat, first))
             second = -matrix.T @ cho_solve(factor, bent, check_finite=False) / 2

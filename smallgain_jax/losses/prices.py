@@ -297,7 +297,11 @@ def first_shares(settings: Settings, cost: jax.Array) -> jax.Array:
 def _response(
     turn: _Turn, state: TrainingState, sight: Sight, gradient: Any, vector: Any
 ) -> jax.Array:
-    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k."""
+    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k.
+
+    0 where the gradient of the loss is: its weight moves nothing, and second moments that run dry
+    in parameters of its own would make it the dearest of all.
+    """
     dtype = state.info.cost.dtype
     weight = state.weights[turn.loss] / turn.unit
 
@@ -310,7 +314,9 @@ def _response(
     pairs = jax.tree.map(parts, gradient, sight.gradient, vector)
     inside = jax.tree.leaves(pairs)
     felt, whole = sum(inside[::2]), sum(inside[1::2])
-    return jnp.clip(1 - felt / jnp.where(whole > 0, whole, 1), 0, 1)
+    answers = jnp.clip(1 - felt / jnp.where(whole > 0, whole, 1), 0, 1)
+    slopes = sum((jnp.sum(g != 0) for g in jax.tree.leaves(gradient)), jnp.zeros((), jnp.int32))
+    return jnp.where(slopes > 0, answers, 0)
 
 
 def mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:
