@@ -28,6 +28,7 @@ from bench.training import (
     peers,
     problems,
     quadratics,
+    second_order,
     units,
 )
 from bench.training import report as reporting
@@ -733,3 +734,39 @@ def test_allen_cahn_and_its_solution():
     np.testing.assert_allclose(truth[0], x**2 * np.cos(np.pi * x), atol=1e-12)
     coarse = allen_cahn.reference(512)
     assert np.linalg.norm(coarse - truth) < 2e-5 * np.linalg.norm(truth)
+
+
+@pytest.mark.x64
+def test_an_accelerated_gauss_newton_step(monkeypatch):
+    """The lowest of the ends that dense Jacobians and Hessians give, at the damping it chose."""
+    monkeypatch.setattr(second_order, "INSIDE", 16)
+    monkeypatch.setattr(second_order, "EACH_SIDE", 2)
+    start = glorot(jax.random.key(0), (2, 4, 1))
+    flat, unravel = jax.flatten_util.ravel_pytree(start)
+    inside, outside = second_order.points()
+
+    def residuals(flat):
+        parts = (
+            helmholtz.residual(unravel(flat), inside),
+            tanh_network(unravel(flat), outside)[:, 0],
+        )
+        return jnp.concatenate([parts[0] / 4, parts[1] * jnp.sqrt(10 / 8)])
+
+    def total(flat):
+        return float(jnp.sum(residuals(flat) ** 2))
+
+    r, jacobian = residuals(flat), jax.jacfwd(residuals)(flat)
+    hessians = jax.hessian(residuals)(flat)
+
+    def ends(mu):
+        normal = jacobian.T @ jacobian + mu * jnp.eye(flat.size)
+        first = -jnp.linalg.solve(normal, jacobian.T @ r)
+        bent = jnp.einsum("kij,i,j->k", hessians, first, first)
+        return flat + first, flat + first - jnp.linalg.solve(normal, jacobian.T @ bent) / 2
+
+    solver = second_order.gauss_newton(10.0, start)
+    moved, mu = solver.step(solver.init(start))
+    best = min(ends(mu), key=total)
+    np.testing.assert_allclose(moved, best, rtol=1e-7, atol=1e-9)
+    assert total(moved) < total(flat)
+    assert all(total(end) >= total(moved) for near in (mu / 3, mu * 3) for end in ends(near))
