@@ -79,6 +79,7 @@ METHODS: dict[str, Method] = {
     "small_gain_reference": Method(
         partial(small_gain, policy="reference"), traced_rate=False, lanes=False
     ),
+    "small_gain_gains": Method(partial(small_gain, row_gains=True), traced_rate=False, lanes=False),
     "small_gain_greedy": Method(
         partial(small_gain, policy="greedy"), traced_rate=False, lanes=False
     ),

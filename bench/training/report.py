@@ -25,6 +25,7 @@ SAID = {
     "gradient_norms_100": "gradient norms, every 100",
     "gradient_norms_1000": "gradient norms, every 1,000",
     "small_gain": "fair",
+    "small_gain_gains": "fair, row gains",
     "small_gain_reference": "default",
 }
 """Methods as readers know them."""

@@ -37,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="*", choices=sorted(METHODS), default=list(METHODS))
     parser.add_argument("--rates", nargs="*", type=float, help="one grid for every method")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first", type=int, default=0, help="the first of the seeds")
+    parser.add_argument("--cosine", action="store_true", help="rates that fall to 0 by a cosine")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--every", type=int, help="steps between measurements, 500 or a tenth")
     parser.add_argument("--lanes", choices=LANES, default="loop", help="seeds in turn or at once")
@@ -48,11 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     every = options.every or (10 if options.smoke else min(500, max(1, problem.steps // 10)))
     if steps % every:
         parser.error(f"--steps {steps} must be a multiple of --every {every}")
-    seeds = list(range(1 if options.smoke else options.seeds))
+    seeds = [options.first + k for k in range(1 if options.smoke else options.seeds)]
     rates = (options.rates or list(problem.rates))[: 1 if options.smoke else None]
 
+    if options.cosine and callable(problem.schedule(1.0)):
+        parser.error(f"--cosine: {problem.name} has falling rates of its own")
+    if options.cosine:
+        problem = falling(problem, steps)
     settings = {
-        "case": problem.name,
+        "case": problem.name + " (cosine)" * options.cosine,
         "metric": problem.ranked,
         "steps": steps,
         "every": every,
@@ -219,6 +225,15 @@ class Trainer:
             return (params, state, weighing), jnp.ones(turn + 1)
 
         return step
+
+
+def falling(problem: Problem, steps: int) -> Problem:
+    """The problem with rates that fall to 0 by a cosine."""
+
+    def optimizer(rate: Any) -> optax.GradientTransformation:
+        return problem.optimizer(optax.cosine_decay_schedule(rate, steps))
+
+    return problem._replace(optimizer=optimizer)
 
 
 def keys(seed: jax.Array, index: jax.Array) -> jax.Array:
