@@ -600,7 +600,8 @@ def test_what_comes_after_it_turns_the_guard_off_and_is_reported(factor):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         step(x, state)
-    shares = sg.small_gain(optax.sgd(4 / factor), fn, policy="fair")
+    # a wrong limit, for shares cost no more than the right one
+    shares = sg.small_gain(optax.sgd(4 / factor), fn, policy="fair", limit=1e6)
 
     def behind():
         train(optax.chain(shares, optax.scale(factor)), fn, jnp.ones(2), 60)

@@ -160,6 +160,26 @@ def test_fair_shares_follow_priorities_at_a_total_cost_of_one(priorities):
     np.testing.assert_allclose(np.vdot(state.weights, cost), 1, rtol=1e-3)
 
 
+@pytest.mark.parametrize("schedule", ["vector", "names"])
+def test_priorities_over_time(schedule):
+    """Shares follow them; first weights are those of the first."""
+
+    def priorities(count):
+        soft = jnp.where(count < 100, 1.0, 3.0)
+        return {"soft": soft} if schedule == "names" else jnp.stack([soft, jnp.ones_like(soft)])
+
+    def after(steps, given):
+        optimizer = sg.small_gain(
+            optax.sgd(1e-4), quadratics, every=1, priorities=given, policy="fair"
+        )
+        return train(optimizer, quadratics, jnp.ones(2), steps)[1]
+
+    for steps, wanted in ((100, [0.5, 0.5]), (400, [0.75, 0.25])):
+        state = after(steps, priorities)
+        np.testing.assert_allclose(state.info.share, wanted, rtol=2e-3)
+        np.testing.assert_allclose(state.first_weights, after(1, None).first_weights, rtol=1e-6)
+
+
 def test_greedy_stays_within_the_limit():
     optimizer = sg.small_gain(optax.sgd(0.01), quadratics, policy="greedy", every=1, ceiling=3.0)
     _, state, history = train(
@@ -488,6 +508,7 @@ def test_bad_losses_are_named(fn, error, message):
         ({"iterations": 0}, "iterations"),
         ({"priorities": (1.0, -1.0)}, "priorities"),
         ({"policy": "fair", "priorities": {"soft": -1.0}}, r"priorities\['soft'\]"),
+        ({"policy": "fair", "priorities": lambda _: {"soft": -1.0}}, r"priorities\['soft'\]"),
         ({"floor": 2.0, "ceiling": 1.0}, "floor"),
         ({"target": 2.0}, "target"),
     ],

@@ -19,7 +19,7 @@ from smallgain_jax.losses.state import Settings, TrainingState
 
 POLICIES = ("reference", "fair", "greedy")
 UNMOVED = 0.02
-"""A response below this is noise: such a weight stays."""
+"""A response below this is noise: such a weight stays, and so is what a share feels of another."""
 
 
 def decide(
@@ -44,12 +44,17 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
     num_terms = cost.shape[0]
     lower = jnp.full(num_terms, settings.floor, cost.dtype)
     upper = jnp.full(num_terms, settings.ceiling, cost.dtype)
+    # without a common factor only ratios count: an aim beyond a bound is one for the others
+    least, most = (lower / upper, upper / lower) if scale_free else (lower, upper)
     # shares of what the first weights cost, so that mostly ratios move
-    budget = jnp.sum(cost, axis=0) - matmul(lower, cost)
+    budget = jnp.sum(cost, axis=0)
+    if not scale_free:  # a loss that outgrows its first batch must not lift the sum beyond it
+        budget = jnp.minimum(budget, settings.target * prices.limit)
+    budget -= matmul(least, cost)
     target = _spend(settings, cost)(
         settings.parts(num_terms, cost.dtype),
-        lower=lower,
-        upper=upper,
+        lower=least,
+        upper=most,
         row_budget=jnp.maximum(budget, 0),
         policy="fair",
     ).weights
@@ -58,21 +63,33 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
     # a share that does not answer to its weight asks for more of it for ever
     answers = jnp.where(priced & (prices.response >= UNMOVED), prices.response, 0)
     if scale_free:  # whether the base optimizer feels no common factor of the gradient
-        gap -= _level(gap, answers)
+        gap -= _levels(gap, answers, jnp.where(priced[None, :], prices.felt, 0))
     moved = state.log_weights + jnp.asarray(settings.ema, cost.dtype) * answers * gap
     return jnp.clip(moved, jnp.log(lower), jnp.log(upper))
 
 
-def _level(gap: jax.Array, answers: jax.Array) -> jax.Array:
-    r"""c of $\min_c \sum_k ((g_k - c) / r_k)^2$: the level that takes the least change of weights.
+def _levels(gap: jax.Array, answers: jax.Array, felt: jax.Array) -> jax.Array:
+    r"""c [K] of $c = (1 - \gamma) (I - \gamma M)^{-1} g$: the shares that can be reached.
 
-    In logarithms, gaps g of shares to their aims with responses r, over those that answer at all.
-    An optimizer that feels no common factor leaves c open. The share that answers least sets it,
-    and the others come to that share: raised to theirs, its weight would grow a thousandfold where
-    nothing but the other losses feels it.
+    In logarithms, gaps g of shares to their aims. Changes d of weights change shares by
+    $(I - M) d$, where $M_{kj}$ is how much share k feels weight j (off the diagonal `felt`) and
+    $1 - M_{kk}$ is what k answers. An optimizer that feels no common factor has rows of M that sum
+    to 1, so that $(I - M) d = g - c$ has a solution only at the levels $c = M^\infty g$: M is a
+    Markov chain, and a loss takes its level from those that the chain ends at. These are the ones
+    whose shares answer least: the others come to theirs. One that is felt by nobody, with
+    parameters of its own, sets no level but its own. With $\gamma = 1 -$ `UNMOVED`, what is felt
+    by less than that is noise.
     """
-    trust = jnp.where(answers > 0, jnp.maximum(answers, UNMOVED) ** -2, 0)
-    return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
+    itself = jnp.eye(gap.size, dtype=bool)
+    others = jnp.where(itself, 0, felt)
+    known = jnp.sum(others, axis=1, keepdims=True)
+    evenly = jnp.where(itself | (answers <= 0)[None, :], 0, jnp.ones_like(others))
+    others = jnp.where(known > 0, others, evenly)
+    whole = jnp.sum(others, axis=1, keepdims=True)
+    others = answers[:, None] * others / jnp.where(whole > 0, whole, 1)
+    chain = others + jnp.diag(1 - jnp.sum(others, axis=1))
+    walk = jnp.eye(gap.size, dtype=gap.dtype) - (1 - UNMOVED) * chain
+    return jnp.linalg.solve(walk, UNMOVED * gap)
 
 
 def _greedy(

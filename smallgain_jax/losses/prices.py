@@ -11,7 +11,8 @@ $w_k$ at all. With $\varphi_k = \partial \log P / \partial \log w_k = w_k g_k g 
 
 $$ \frac{\partial \log (w_k \lambda_k)}{\partial \log w_k} = 1 - \langle v^2, \varphi_k \rangle, $$
 
-the `response`; a weight is moved by no more than that part of the way.
+the `response`; a weight is moved by no more than that part of the way. In the same way
+$\langle v_k^2, \varphi_j \rangle$ is what share k loses as the weight of loss j rises.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from smallgain_jax._tree import HIGHEST, select
+from smallgain_jax._tree import HIGHEST, matmul, select
 from smallgain_jax.losses.losses import Batch, Losses
 from smallgain_jax.losses.sharing import passes
 from smallgain_jax.losses.sharpness import PRODUCTS, mixture
@@ -47,6 +48,7 @@ class Prices(NamedTuple):
 
     cost: jax.Array  # [K, R]
     response: jax.Array  # [K]
+    felt: jax.Array  # [K, K] what share k feels of weight j; 0 where that is not known
     sharpness: jax.Array  # [] of the weighted sum
     row_sharpness: jax.Array  # [R] of its diagonal blocks
     limit: jax.Array  # []
@@ -85,7 +87,8 @@ def unseen(state: TrainingState) -> jax.Array:
 def known_prices(state: TrainingState) -> Prices:
     """What the last measurement said."""
     info = state.info
-    return Prices(info.cost, info.response, info.sharpness, info.row_sharpness, info.limit)
+    known = info.sharpness, info.row_sharpness, info.limit
+    return Prices(info.cost, info.response, state.felt, *known)
 
 
 def measure(losses: Losses, settings: Settings, state: TrainingState, sight: Sight) -> Measured:
@@ -225,11 +228,9 @@ def _look(
         )
     dtype = prices.cost.dtype
     prices, seen = _priced(prices, turn, rows.astype(dtype), total[0].astype(dtype))
-    if responds:
-        answers = _response(turn, state, sight, gradient, vector)
-        answers = jnp.where(turn.is_sum, prices.response[turn.loss], answers)
-        prices = prices._replace(response=prices.response.at[turn.loss].set(answers))
     vectors = _kept(vectors, turn, vector, whole, one_row)
+    if responds:
+        prices = _answered(prices, turn, state, sight, gradient, vectors.each, vector)
     return prices, vectors, found & (turn.is_sum | seen)
 
 
@@ -290,33 +291,44 @@ def _kept(vectors: Vectors, turn: _Turn, vector: Any, whole: Any, one_row: bool)
 def first_shares(settings: Settings, cost: jax.Array) -> jax.Array:
     """Weights [K] at which costs are as priorities say, and 1 in all; 0 without a cost."""
     price = jnp.sum(cost, axis=1)
-    parts = settings.parts(price.shape[0], price.dtype)
+    parts = settings.parts(price.shape[0], price.dtype, first=True)
     return jnp.where(price > 0, parts / jnp.where(price > 0, price, 1), 0)
 
 
-def _response(
-    turn: _Turn, state: TrainingState, sight: Sight, gradient: Any, vector: Any
-) -> jax.Array:
-    """1 - <v^2, phi_k>: what is left of a change of w_k in the share of loss k.
-
-    0 where the gradient of the loss is: its weight moves nothing, and second moments that run dry
-    in parameters of its own would make it the dearest of all.
-    """
-    dtype = state.info.cost.dtype
-    weight = state.weights[turn.loss] / turn.unit
+def _answered(
+    prices: Prices,
+    turn: _Turn,
+    state: TrainingState,
+    sight: Sight,
+    gradient: Any,
+    each: Any,
+    vector: Any,
+) -> Prices:
+    """Prices with the response of the loss in turn, and with what all shares feel of its weight."""
+    loss, dtype = turn.loss, prices.cost.dtype
+    weight = state.weights[loss] / turn.unit
+    alone = each is None
+    vectors = jax.tree.map(lambda v: v[None], vector) if alone else each
 
     def parts(g: jax.Array, whole: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         g, whole, v = (x.astype(dtype) for x in (g, whole, v))
         phi = jnp.where(whole != 0, weight * g / jnp.where(whole != 0, whole, 1), 0)
-        phi = jnp.clip(phi, 0, 1)
-        return jnp.sum(v**2 * phi), jnp.sum(v**2)
+        squares = (v**2).reshape(v.shape[0], -1)
+        return matmul(squares, jnp.clip(phi, 0, 1).reshape(-1)), jnp.sum(squares, axis=1)
 
-    pairs = jax.tree.map(parts, gradient, sight.gradient, vector)
-    inside = jax.tree.leaves(pairs)
-    felt, whole = sum(inside[::2]), sum(inside[1::2])
-    answers = jnp.clip(1 - felt / jnp.where(whole > 0, whole, 1), 0, 1)
+    inside = jax.tree.leaves(jax.tree.map(parts, gradient, sight.gradient, vectors))
+    none = jnp.zeros((), dtype)
+    felt, size = sum(inside[::2], none), sum(inside[1::2], none)
+    felt = jnp.clip(felt / jnp.where(size > 0, size, 1), 0, 1)
     slopes = sum((jnp.sum(g != 0) for g in jax.tree.leaves(gradient)), jnp.zeros((), jnp.int32))
-    return jnp.where(slopes > 0, answers, 0)
+    # a weight that moves nothing: second moments that run dry in parameters of its own would make
+    # its loss the dearest of all
+    answer = jnp.where(slopes > 0, 1 - felt[0 if alone else loss], 0)
+    column = prices.felt[:, loss] if alone else felt
+    return prices._replace(
+        response=jnp.where(turn.is_sum, prices.response, prices.response.at[loss].set(answer)),
+        felt=jnp.where(turn.is_sum, prices.felt, prices.felt.at[:, loss].set(column)),
+    )
 
 
 def mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
 """`small_gain` around the losses of a model: observe, price, decide, mix, guard."""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from inspect import isfunction
 from typing import Any, NamedTuple
@@ -54,6 +54,7 @@ from smallgain_jax.losses.prices import (
 from smallgain_jax.losses.sharpness import PRODUCTS
 from smallgain_jax.losses.state import (
     Limit,
+    Priorities,
     Settings,
     TrainingInfo,
     TrainingState,
@@ -96,7 +97,7 @@ def loss_small_gain(
     limit: Limit = None,
     target: ArrayLike = 0.9,
     metric: Callable[[Any, Any], Any] | None = None,
-    priorities: Sequence[float] | Mapping[str, float] | None = None,
+    priorities: Priorities = None,
     floor: ArrayLike = 1e-4,
     ceiling: ArrayLike = 1e4,
     ema: ArrayLike = 0.1,
@@ -159,8 +160,8 @@ def loss_small_gain(
         `params`, positive; or, where P is no diagonal (Shampoo, SOAP, natural gradients), a
         function that applies $P^{-1/2}$, symmetric, to a pytree like `params`.
       priorities: p_k, float [K] in the order of the losses, or a dict by their names, ones for
-        those it leaves out; positive (traced ones that are not let every update be skipped); None
-        for ones ("fair").
+        those it leaves out, or a schedule: a function of the count that gives either; positive
+        (traced ones that are not let every update be skipped); None for ones ("fair").
       floor, ceiling: bounds of every weight; for "fair" relative to its first one.
       ema: part of the way to its aim that a weight goes per measurement, in (0, 1]; for "greedy"
         the weight of the newest score.
@@ -355,16 +356,17 @@ def _compute(
     batch = Batch.of(term_args)
     at = batch if curvature_args is None else Batch.of(curvature_args, "curvature_args")
     given = _checked(updates, params, state, Given(term_grads, term_values, weighted))
-    settings = wiring.settings.ordered(state.info.names)
+    settings = wiring.settings.ordered(state.info.names, state.count)
     wiring = wiring._replace(settings=settings)
     blind = _is_blind(wiring, params, at)
 
     seen = observe(losses, settings, updates, params, batch, given, wiring.per_term, state.weights)
     foreign = held_foreign(state.foreign, seen.fit)
     healthy = _healthy(updates, seen, extra_args.get("value"))
-    if settings.priorities is not None and not is_concrete(settings.priorities):
+    priorities: Any = settings.priorities
+    if priorities is not None and not is_concrete(priorities):
         # concrete ones were refused; by these every update is skipped, and counted
-        healthy &= jnp.all(jnp.stack([jnp.asarray(p) > 0 for p in settings.priorities]))
+        healthy &= jnp.all(jnp.stack([jnp.asarray(p) > 0 for p in priorities]))
     appeared = _appeared(settings, state, seen.values)
     due = healthy & ((state.wait <= 0) | jnp.any(appeared))
     same = seen if curvature_args is None else seen._replace(gradients=None)
@@ -422,6 +424,7 @@ def _advanced(
         turn=measured.turn,
         misses=measured.misses,
         reported=decision.reported,
+        felt=measured.prices.felt,
         vectors=measured.vectors,
         watch=regrown(judged.watch),
     )
@@ -646,7 +649,7 @@ def _priced(
         state,
         prices.cost,
         (params, at.own),
-        feels=probe.known and not adaptive,
+        most=jnp.asarray(settings.target) * prices.limit if probe.known and not adaptive else None,
         updates=at.updates,
     )
     prices = prices._replace(
@@ -931,6 +934,8 @@ def _check(settings: Settings) -> None:
         if getattr(settings, name) is not None and not settings.reweights:
             raise ValueError(f"{name} is for policy 'fair': policy 'reference' moves no weight")
     given = () if settings.priorities is None else settings.priorities
+    if callable(given):
+        given = given(0)
     for k, priority in given.items() if isinstance(given, Mapping) else enumerate(given):
         check_scalar(f"priorities[{k!r}]", priority)
         check_positive(f"priorities[{k!r}]", priority)

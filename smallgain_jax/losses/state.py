@@ -15,6 +15,8 @@ from smallgain_jax.losses.watch import WatchState, first_watch
 from smallgain_jax.spectral.power import Blocks, label_blocks, random_vector
 
 Limit = float | jax.Array | Callable[[jax.Array], Any] | None
+Priorities = Sequence[float] | Mapping[str, float] | Callable[[Any], Any] | None
+"""A schedule of them answers with one of the first two."""
 
 
 class Settings(NamedTuple):
@@ -26,7 +28,7 @@ class Settings(NamedTuple):
     policy: str
     value: str
     every: int
-    priorities: Sequence[float] | Mapping[str, float] | None
+    priorities: Priorities
     budget_fraction: ArrayLike
     max_step_change: ArrayLike
     floor: ArrayLike
@@ -42,6 +44,7 @@ class Settings(NamedTuple):
     anneal: Callable[[jax.Array], Any] | None
     rounds: int
     axis_name: str | None
+    first_priorities: Sequence[float] | None = None  # those of update 0, of a schedule
 
     def mean(self, tree: Any) -> Any:
         """`tree` averaged over the replicas, where there are any."""
@@ -57,28 +60,37 @@ class Settings(NamedTuple):
         """Whether a constant factor of a loss must not change a run."""
         return self.policy == "fair"
 
-    def ordered(self, names: Sequence[str]) -> "Settings":
-        """With priorities in the order of the losses, where there are any."""
+    def ordered(self, names: Sequence[str], count: Any = 0) -> "Settings":
+        """With priorities of this update in the order of the losses, where there are any."""
         given = self.priorities
         if given is None:
             return self
-        if isinstance(given, Mapping):
-            unknown = [name for name in given if name not in names]
-            if unknown:
-                raise ValueError(
-                    f"priorities names {', '.join(map(repr, unknown))}: the losses are "
-                    f"{', '.join(map(repr, names))}"
-                )
-            return self._replace(priorities=tuple(given.get(name, 1.0) for name in names))
-        if len(given) != len(names):
-            raise ValueError(f"priorities has {len(given)} entries for {len(names)} losses")
-        return self
+        if not callable(given):
+            return self._replace(priorities=_in_order(given, names))
+        first, now = _in_order(given(0), names), _in_order(given(count), names)
+        return self._replace(priorities=now, first_priorities=first)
 
-    def parts(self, num_terms: int, dtype: Any) -> jax.Array:
-        """What part [K] of the total cost each loss is to have."""
-        given = (1.0,) * num_terms if self.priorities is None else tuple(self.priorities)
-        found = jnp.asarray(given, dtype)
+    def parts(self, num_terms: int, dtype: Any, first: bool = False) -> jax.Array:
+        """What part [K] of the total cost each loss is to have, or had by its first weight."""
+        given: Any = self.priorities
+        if first and self.first_priorities is not None:
+            given = self.first_priorities
+        found = jnp.asarray((1.0,) * num_terms if given is None else tuple(given), dtype)
         return found / jnp.sum(found)
+
+
+def _in_order(given: Any, names: Sequence[str]) -> tuple[Any, ...]:
+    if isinstance(given, Mapping):
+        unknown = [name for name in given if name not in names]
+        if unknown:
+            raise ValueError(
+                f"priorities names {', '.join(map(repr, unknown))}: the losses are "
+                f"{', '.join(map(repr, names))}"
+            )
+        return tuple(given.get(name, 1.0) for name in names)
+    if len(given) != len(names):
+        raise ValueError(f"priorities has {len(given)} entries for {len(names)} losses")
+    return tuple(given)
 
 
 class Vectors(NamedTuple):
@@ -155,6 +167,7 @@ class TrainingState(NamedTuple):
     misses: jax.Array  # [] int32, measurements in a row that found nothing at this turn
     reported: jax.Array  # [] bool, whether foreign updates have been reported
     foreign: jax.Array  # [] int32, updates for which what comes in still counts as foreign
+    felt: jax.Array  # [K, K] how much share k falls as weight j rises, j not k; 0: not known
     vectors: Vectors
     watch: WatchState
     base_state: Any
@@ -220,6 +233,7 @@ def initial_state(
         misses=zero_count(),
         reported=jnp.zeros((), bool),
         foreign=zero_count(),
+        felt=full(0, num_terms, num_terms),
         vectors=vectors,
         watch=first_watch(params, base_state, dtype, settings.guard is not None),
         base_state=base_state,

@@ -14,8 +14,9 @@ $w_k \|\nabla e_k\| / p_k = \mathrm{mean}_j\, w_j \|\nabla e_j\| / p_j$.
 The common factor S is a rule, too, for the unit of the sum is as arbitrary:
 
 * An optimizer that feels it (gradient descent, momentum: one with a limit in the identity metric)
-  gets S = 1. The costs of the losses then add up to 1 at the first batch, and the learning rate is
-  relative to that: gradient descent is stable below 2 there, heavy ball below 2 (1 + beta).
+  gets S = 1, or `target` times its limit where that is less. The costs of the losses then add up
+  to S at the first batch, and the learning rate is relative to that: at S = 1 gradient descent is
+  stable below 2 there, heavy ball below 2 (1 + beta); above, S falls as the rate rises.
 * For any other, the first gradient has entries of 1 in the root mean square: far from every eps.
 """
 
@@ -56,7 +57,7 @@ def find_units(
     state: TrainingState,
     cost: jax.Array,
     sight: tuple[Any, Batch],
-    feels: bool,
+    most: jax.Array | None,
     updates: Any,
 ) -> Units:
     """Weigh the losses that have no weight yet; nothing is evaluated where there are none.
@@ -64,7 +65,7 @@ def find_units(
     Args:
       cost: [K, R] as last measured.
       sight: parameters, and the batch of the update.
-      feels: whether the base optimizer feels a common factor.
+      most: the largest total cost [] for the base optimizer; None where it feels no common factor.
       updates: what was handed in, for `gradient` where no weight is new; None for no gradient.
     """
     params, batch = sight
@@ -72,7 +73,7 @@ def find_units(
     dtype = state.weights.dtype
     first = unseen(state)
     # the rule for the common factor, for a loss that shares no batch with any other
-    usual = (1.0, 0.0) if feels else (0.0, _entries(params) ** 0.5)
+    usual = (1.0, 0.0) if most is not None else (0.0, _entries(params) ** 0.5)
 
     def slope(mix: jax.Array) -> Any:
         found = jax.grad(mixture(losses.parts, mix))(params, *batch.args, **batch.kwargs)
@@ -92,7 +93,7 @@ def find_units(
         carry = (jnp.zeros(num_terms, dtype), nothing)
         sizes, gradient = jax.lax.fori_loop(0, num_terms + 1, look, carry)
         weights = weigh(settings, state, Looked(cost, sizes, *usual))
-        factor = jnp.where(first, _common_factor(cost, gradient, feels, dtype), 1)
+        factor = jnp.where(first, _common_factor(cost, gradient, most, dtype), 1)
         weights = jnp.where(jnp.isfinite(factor * weights), factor * weights, 0)
         new = jnp.any(weights != state.first_weights)
         if updates is not None:
@@ -109,7 +110,7 @@ def find_units(
 def weigh(settings: Settings, state: TrainingState, looked: Looked) -> jax.Array:
     """First weights [K] up to their common factor; those that are known stay."""
     cost, sizes, one, usual = looked
-    parts = settings.parts(sizes.size, sizes.dtype)
+    parts = settings.parts(sizes.size, sizes.dtype, first=True)
     fresh = unseen(state)
     weights = jnp.where(fresh, first_shares(settings, cost), state.first_weights)
     # by what it costs, of those that only a later batch held
@@ -139,18 +140,20 @@ def plain_weight(settings: Settings, first_weights: jax.Array) -> jax.Array:
     """
     if not settings.unitless:
         return jnp.ones((), first_weights.dtype)
-    parts = settings.parts(first_weights.size, first_weights.dtype)
+    parts = settings.parts(first_weights.size, first_weights.dtype, first=True)
     known = first_weights > 0
     price = jnp.where(known, parts / jnp.where(known, first_weights, 1), 0)
     paid = jnp.sum(jnp.where(known, parts, 0))
     return jnp.where(jnp.any(known), paid / jnp.where(jnp.any(known), jnp.sum(price), 1), 1)
 
 
-def _common_factor(cost: jax.Array, gradient: Any, feels: bool, dtype: Any) -> jax.Array:
+def _common_factor(cost: jax.Array, gradient: Any, most: jax.Array | None, dtype: Any) -> jax.Array:
     """S, from the gradient at S = 1."""
     length = norm(gradient, dtype)
     factor = jnp.where(length > 0, _entries(gradient) ** 0.5 / jnp.where(length > 0, length, 1), 1)
-    return jnp.where(jnp.any(cost > 0), 1, factor) if feels else factor
+    if most is None:
+        return factor
+    return jnp.where(jnp.any(cost > 0), jnp.minimum(most.astype(dtype), 1), factor)
 
 
 def _entries(tree: Any) -> int:
