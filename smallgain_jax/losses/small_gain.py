@@ -128,10 +128,11 @@ def loss_small_gain(
       constant factor of a loss changes nothing (see `units`), and moves $\log w_k$ towards
       $p_k \sum_j w^0_j \lambda_j / (\lambda_k \sum_j p_j)$, proportional fairness (Kelly, Maulloo
       and Tan 1998) at the total cost under the first weights $w^0$: every loss gets its share of
-      the margin. Under Adam, which feels no common factor, the total is that which takes the least
-      change of weights (see `policies`). For losses in arbitrary units that can all vanish
-      (physics-informed networks). Under an optimizer that feels a common factor, the learning rate
-      is relative to the curvature at the first batch: gradient descent is stable there below 2.
+      the margin. Under Adam, which feels no common factor, the total is that which the shares can
+      reach: those that answer least set it (see `policies`). For losses in arbitrary units that can
+      all vanish (physics-informed networks). Under an optimizer that feels a common factor, the
+      learning rate is relative to the curvature at the first batch: gradient descent is stable
+      there below 2, and beyond 1.8 shares cost no more than `target` times the limit.
       **It solves another problem** where weights are meant: a small regularizer is raised hundreds
       of times.
     * "greedy" raises and sheds by value over cost, where losses agree and the margin has slack.
