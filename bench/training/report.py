@@ -24,6 +24,7 @@ SAID = {
     "gradient_norms": "gradient norms, every step",
     "gradient_norms_100": "gradient norms, every 100",
     "gradient_norms_1000": "gradient norms, every 1,000",
+    "momentum_config": "M-ConFIG, K updates a step",
     "small_gain": "fair",
     "small_gain_gains": "fair, row gains",
     "small_gain_reference": "default",
