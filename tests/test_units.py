@@ -188,8 +188,9 @@ def test_the_plain_sum_at_the_scale_of_fair_shares():
     assert plain_weight(settings._replace(policy="greedy"), first) == 1
 
 
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("scale_free", [True, False])
-def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
+def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, known, eps):
     """Shares s_k = a_k w_k^r_k: they become equal; one with r = 0.01 has no say and no part."""
     answers, sizes = np.array([0.05, 0.6, 1.0, 0.01]), np.array([1.0, 3.0, 2.0, 50.0])
     blank = Settings(*(None,) * len(Settings._fields))
@@ -198,7 +199,12 @@ def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
     start = sg.small_gain(
         optax.adam(1e-3), sg.terms(lambda x: dict.fromkeys("abcd", jnp.sum(x**2)))
     ).init(jnp.ones(2))
-    prices = known_prices(start)._replace(response=jnp.asarray(answers, start.weights.dtype))
+    # who feels whom: nobody feels the last
+    felt = np.random.default_rng(0).uniform(0.1, 1, (4, 4)) * [1, 1, 1, 0]
+    prices = known_prices(start)._replace(
+        response=jnp.asarray(answers, start.weights.dtype),
+        felt=jnp.asarray(felt, start.weights.dtype) if known else None,
+    )
     start = start._replace(first_weights=jnp.ones(4))
 
     @jax.jit
@@ -216,12 +222,15 @@ def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, eps):
     shares = np.log(sizes) + answers * logs[-1]
     np.testing.assert_array_equal(logs[:, 3], 0)
     if scale_free:
-        # nothing is known of who feels whom: a walk that goes on to either of the other two
         gap, r = (np.log(sizes.mean()) - np.log(sizes))[:3], answers[:3]
-        chain = np.diag(1 - r) + r[:, None] * (1 - np.eye(3)) / 2
-        level, reached = np.zeros(3), gap
-        for _ in range(2000):
-            level, reached = level + 0.02 * reached, 0.98 * chain @ reached
+        level = (gap / r).sum() / (1 / r).sum()
+        if known:
+            # a walk along what is felt, that ends with a chance of 0.02 at each step
+            others = felt[:3, :3] * (1 - np.eye(3))
+            chain = np.diag(1 - r) + r[:, None] * others / others.sum(axis=1, keepdims=True)
+            level, reached = np.zeros(3), gap
+            for _ in range(2000):
+                level, reached = level + 0.02 * reached, 0.98 * chain @ reached
         np.testing.assert_allclose(logs[0, :3], 0.1 * r * (gap - level), rtol=1e-3, atol=4 * eps)
         np.testing.assert_allclose(shares[:3], shares[0], atol=1e-3)
         assert np.abs(logs[:, 0]).max() < 0.1

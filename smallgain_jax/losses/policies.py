@@ -63,13 +63,14 @@ def _fair(settings: Settings, scale_free: bool, state: TrainingState, prices: Pr
     # a share that does not answer to its weight asks for more of it for ever
     answers = jnp.where(priced & (prices.response >= UNMOVED), prices.response, 0)
     if scale_free:  # whether the base optimizer feels no common factor of the gradient
-        gap -= _levels(gap, answers, jnp.where(priced[None, :], prices.felt, 0))
+        felt = None if prices.felt is None else jnp.where(priced[None, :], prices.felt, 0)
+        gap -= _levels(gap, answers, felt)
     moved = state.log_weights + jnp.asarray(settings.ema, cost.dtype) * answers * gap
     return jnp.clip(moved, jnp.log(lower), jnp.log(upper))
 
 
-def _levels(gap: jax.Array, answers: jax.Array, felt: jax.Array) -> jax.Array:
-    r"""c [K] of $c = (1 - \gamma) (I - \gamma M)^{-1} g$: the shares that can be reached.
+def _levels(gap: jax.Array, answers: jax.Array, felt: jax.Array | None) -> jax.Array:
+    r"""c, [K] or [], of $c = (1 - \gamma) (I - \gamma M)^{-1} g$: the shares that can be reached.
 
     In logarithms, gaps g of shares to their aims. Changes d of weights change shares by
     $(I - M) d$, where $M_{kj}$ is how much share k feels weight j (off the diagonal `felt`) and
@@ -78,13 +79,14 @@ def _levels(gap: jax.Array, answers: jax.Array, felt: jax.Array) -> jax.Array:
     Markov chain, and a loss takes its level from those that the chain ends at. These are the ones
     whose shares answer least: the others come to theirs. One that is felt by nobody, with
     parameters of its own, sets no level but its own. With $\gamma = 1 -$ `UNMOVED`, what is felt
-    by less than that is noise.
+    by less than that is noise. Where `felt` is None, all that answer feel each other alike: c is
+    their mean by one over the response.
     """
+    if felt is None:
+        trust = jnp.where(answers > 0, 1 / jnp.where(answers > 0, answers, 1), 0)
+        return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
     itself = jnp.eye(gap.size, dtype=bool)
     others = jnp.where(itself, 0, felt)
-    known = jnp.sum(others, axis=1, keepdims=True)
-    evenly = jnp.where(itself | (answers <= 0)[None, :], 0, jnp.ones_like(others))
-    others = jnp.where(known > 0, others, evenly)
     whole = jnp.sum(others, axis=1, keepdims=True)
     others = answers[:, None] * others / jnp.where(whole > 0, whole, 1)
     chain = others + jnp.diag(1 - jnp.sum(others, axis=1))

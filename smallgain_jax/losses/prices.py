@@ -48,7 +48,7 @@ class Prices(NamedTuple):
 
     cost: jax.Array  # [K, R]
     response: jax.Array  # [K]
-    felt: jax.Array  # [K, K] what share k feels of weight j; 0 where that is not known
+    felt: Any  # [K, K] what share k feels of weight j; None where vectors are not kept
     sharpness: jax.Array  # [] of the weighted sum
     row_sharpness: jax.Array  # [R] of its diagonal blocks
     limit: jax.Array  # []
@@ -324,11 +324,13 @@ def _answered(
     # a weight that moves nothing: second moments that run dry in parameters of its own would make
     # its loss the dearest of all
     answer = jnp.where(slopes > 0, 1 - felt[0 if alone else loss], 0)
-    column = prices.felt[:, loss] if alone else felt
-    return prices._replace(
-        response=jnp.where(turn.is_sum, prices.response, prices.response.at[loss].set(answer)),
-        felt=jnp.where(turn.is_sum, prices.felt, prices.felt.at[:, loss].set(column)),
+    prices = prices._replace(
+        response=jnp.where(turn.is_sum, prices.response, prices.response.at[loss].set(answer))
     )
+    if prices.felt is None:
+        return prices
+    known = prices.felt.at[:, loss].set(felt)
+    return prices._replace(felt=jnp.where(turn.is_sum, prices.felt, known))
 
 
 def mixed(mix: jax.Array, stacked: jax.Array) -> jax.Array:

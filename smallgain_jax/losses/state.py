@@ -167,7 +167,7 @@ class TrainingState(NamedTuple):
     misses: jax.Array  # [] int32, measurements in a row that found nothing at this turn
     reported: jax.Array  # [] bool, whether foreign updates have been reported
     foreign: jax.Array  # [] int32, updates for which what comes in still counts as foreign
-    felt: jax.Array  # [K, K] how much share k falls as weight j rises, j not k; 0: not known
+    felt: Any  # [K, K] how much share k falls as weight j rises; None without `vectors.each`
     vectors: Vectors
     watch: WatchState
     base_state: Any
@@ -233,7 +233,7 @@ def initial_state(
         misses=zero_count(),
         reported=jnp.zeros((), bool),
         foreign=zero_count(),
-        felt=full(0, num_terms, num_terms),
+        felt=None if each is None else full(0, num_terms, num_terms),
         vectors=vectors,
         watch=first_watch(params, base_state, dtype, settings.guard is not None),
         base_state=base_state,
