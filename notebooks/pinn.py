@@ -269,9 +269,10 @@ figure.colorbar(picture, ax=axes[1:], label="network - u")
 #
 # - **Causal weights** (Wang, Sankaran and Perdikaris 2022) stand inside of the residual's loss: the
 #   residual at a time counts by $\exp(-\epsilon \cdot \text{residuals before it})$. They only ask
-#   which times come first, not how the residual compares with the start; that is what shares do.
-# - **Priorities over time**: a function of the number of updates. Here the start has nine tenths
-#   of the total cost at first, and half of it after 400 updates.
+#   which times come first, not how the residual compares with the initial condition; that is what
+#   shares do.
+# - **Priorities over time**: a function of the number of updates. Here the initial condition
+#   has nine tenths of the total cost at first, and half of it after 400 updates.
 # - **A batch of its own for the curvature**: `curvature_args`, here a quarter of the points.
 
 # %%
@@ -346,7 +347,7 @@ figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
 for style, (name, run) in zip(("C0-", "C1--"), WAYS.items(), strict=True):
     error, shares = run(first, jax.random.key(7))
     print(f"{name:14s} relative L2 error {error:.3f}")
-    axis.plot(shares[:, 1], style, label=name)
+    axis.plot(np.arange(100, TRAVEL_STEPS), shares[100:, 1], style, label=name)  # priced by then
 axis.set(xlabel="update", ylabel="share of the start", ylim=(0, 1), title="the start's share")
 axis.legend()
 

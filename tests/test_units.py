@@ -272,6 +272,47 @@ def test_a_loss_with_parameters_of_its_own_moves_no_other():
         assert np.abs(np.log(moved)).max() < np.log(10)
 
 
+BY_METRIC = {
+    "no known limit": lambda: (optax.lion(1e-4), {"limit": 1e6}),
+    "a map": lambda: (optax.adam(1e-4), {"metric": lambda state, params: lambda v: v}),
+    "adam": lambda: (optax.adam(1e-4), {}),
+}
+
+
+@pytest.mark.once
+@pytest.mark.filterwarnings("ignore:base_optimizer")
+@pytest.mark.parametrize("kind", BY_METRIC)
+@pytest.mark.parametrize("count", [2, 9])
+def test_shares_become_equal_in_any_metric(kind, count):
+    """Bends that change after the first batch: weights follow, few losses or many."""
+
+    def losses(x, late):
+        bends = 1 + late * 10 * jnp.arange(count)
+        wave = jnp.sum((x[None, :] - jnp.arange(count)[:, None] / count) ** 2, axis=1)
+        return {f"{k}": bends[k] * wave[k] for k in range(count)}
+
+    base, settings = BY_METRIC[kind]()
+    names = [f"{k}" for k in range(count)]
+    optimizer = sg.small_gain(
+        base, sg.terms(losses, names=names), policy="fair", warmup=2, every=1, **settings
+    )
+
+    @jax.jit
+    def run(x):
+        def step(carry, late):
+            x, state = carry
+            gradient = jax.grad(lambda x: sum(losses(x, late).values()))(x)
+            updates, state = optimizer.update(gradient, state, x, term_args=(late,))
+            return (optax.apply_updates(x, updates), state), None
+
+        late = jnp.minimum(jnp.arange(800.0), 1)
+        return jax.lax.scan(step, (x, optimizer.init(x)), late)[0][1]
+
+    state = run(3 * jnp.ones(4))
+    np.testing.assert_allclose(state.info.share, 1 / count, rtol=0.1)
+    assert np.ptp(np.log(state.weights / state.first_weights)) > 1
+
+
 @pytest.mark.once
 @pytest.mark.parametrize("rate", [0.5, 5.0, 500.0])
 def test_shares_cost_no_more_than_gradient_descent_is_stable_at(rate):

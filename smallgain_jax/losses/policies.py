@@ -79,14 +79,17 @@ def _levels(gap: jax.Array, answers: jax.Array, felt: jax.Array | None) -> jax.A
     Markov chain, and a loss takes its level from those that the chain ends at. These are the ones
     whose shares answer least: the others come to theirs. One that is felt by nobody, with
     parameters of its own, sets no level but its own. With $\gamma = 1 -$ `UNMOVED`, what is felt
-    by less than that is noise. Where `felt` is None, all that answer feel each other alike: c is
-    their mean by one over the response.
+    by less than that is noise. A loss of which it is not known whom it feels, as where the metric
+    is not one of Adam's, feels all that answer alike; where `felt` is None, that goes for all, and
+    c is their mean by one over the response.
     """
     if felt is None:
         trust = jnp.where(answers > 0, 1 / jnp.where(answers > 0, answers, 1), 0)
         return jnp.sum(gap * trust) / jnp.maximum(jnp.sum(trust), 1)
     itself = jnp.eye(gap.size, dtype=bool)
     others = jnp.where(itself, 0, felt)
+    alike = jnp.where(itself | (answers <= 0)[None, :], 0, jnp.ones_like(others))
+    others = jnp.where(jnp.any(others > 0, axis=1, keepdims=True), others, alike)
     whole = jnp.sum(others, axis=1, keepdims=True)
     others = answers[:, None] * others / jnp.where(whole > 0, whole, 1)
     chain = others + jnp.diag(1 - jnp.sum(others, axis=1))

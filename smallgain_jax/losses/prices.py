@@ -363,7 +363,8 @@ def inverse_root_of(
         metric = settings.metric(state.base_state, params)
         # a model in Equinox is callable too, and a pytree like itself
         like: Any = jax.tree.structure(params)
-        if callable(metric) and jax.tree.structure(metric) != like:
+        found: Any = jax.tree.structure(metric)
+        if callable(metric) and (found != like or jax.tree_util.treedef_is_leaf(found)):
             return lambda v: metric(v)
         return jax.tree.map(lambda p: 1 / jnp.sqrt(p), metric)
     return probe.inverse_root(state.base_state, params, present) if probe.known else None
