@@ -398,7 +398,8 @@ def test_together_with_throttle_and_small_gain():
     rate, l_max = 20.0, 2.0
 
     def run(params, throttled):
-        inner = sg.small_gain(optax.sgd(rate), named, policy="fair", guard=None)
+        # a wrong limit, for shares within the right one need no throttle
+        inner = sg.small_gain(optax.sgd(rate), named, policy="fair", guard=None, limit=1e6)
         inner = sg.throttle(inner, rate) if throttled else inner
         optimizer = optax.chain(inner, kappa_budget(l_max))
 
