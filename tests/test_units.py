@@ -29,6 +29,18 @@ def network_losses(params, factors):
     }
 
 
+def trained(optimizer, fn, params, batches):
+    """Parameters and state after an update for each batch, a tuple, by the plain sum's gradient."""
+
+    def step(carry, batch):
+        params, state = carry
+        gradient = jax.grad(lambda p: sum(fn(p, *batch).values()))(params)
+        updates, state = optimizer.update(gradient, state, params, term_args=batch)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimizer.init(params)), batches)[0]
+
+
 START = {
     "in": np.linspace(-1, 1, 6, dtype=np.float32)[None, :],
     "out": np.linspace(-0.5, 1, 6, dtype=np.float32),
@@ -239,35 +251,32 @@ def test_a_share_that_hardly_answers_keeps_its_weight(scale_free, known, eps):
         assert logs[-1, 0] > 3
 
 
+def beside_its_own(power):
+    """A program: 400 updates of two losses of a network, and of one of parameters of its own."""
+
+    def losses(params, index):
+        parts = network_losses(params["network"], jnp.ones(3))
+        own = jnp.sum(params["own"] ** power)
+        return {"fit": parts["fit"], "stiff": parts["stiff"], "own": own}
+
+    terms = sg.terms(losses, names=("fit", "stiff", "own"))
+    optimizer = sg.small_gain(optax.adam(1e-3), terms, policy="fair")
+    keys = jax.random.split(jax.random.key(0))
+    network = {"in": jax.random.normal(keys[0], (1, 8)), "out": jax.random.normal(keys[1], (8,))}
+    index = (jnp.arange(400.0),)
+    return jax.jit(lambda own: trained(optimizer, losses, {"network": network, "own": own}, index))
+
+
 @pytest.mark.once
 def test_a_loss_with_parameters_of_its_own_moves_no_other():
     """Its share answers to nothing, and is nobody's aim, however far from its optimum it starts."""
-
-    def losses(params):
-        parts = network_losses(params["network"], jnp.ones(3))
-        return {"fit": parts["fit"], "stiff": parts["stiff"], "own": jnp.sum(params["own"] ** 4)}
-
-    names = ("fit", "stiff", "own")
-    optimizer = sg.small_gain(optax.adam(1e-3), sg.terms(losses, names=names), policy="fair")
-    keys = jax.random.split(jax.random.key(0))
-    network = {"in": jax.random.normal(keys[0], (1, 8)), "out": jax.random.normal(keys[1], (8, 1))}
-
-    @jax.jit
-    def run(own):
-        def step(carry, _):
-            params, state = carry
-            gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        params = {"network": {**network, "out": network["out"][:, 0]}, "own": own}
-        (params, state), _ = jax.lax.scan(step, (params, optimizer.init(params)), length=400)
-        return params["network"], state.weights / state.first_weights
-
+    run = beside_its_own(4)
     near, far = run(jnp.array([2.0, -3.0])), run(jnp.array([200.0, -300.0]))
-    for one, other in zip(jax.tree.leaves(near[0]), jax.tree.leaves(far[0]), strict=True):
+    networks = [jax.tree.leaves(params["network"]) for params, _ in (near, far)]
+    for one, other in zip(*networks, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
-    for _, moved in (near, far):
+    for _, state in (near, far):
+        moved = state.weights / state.first_weights
         assert moved[2] == 1
         assert np.abs(np.log(moved)).max() < np.log(10)
 
@@ -297,18 +306,8 @@ def test_shares_become_equal_in_any_metric(kind, count):
         base, sg.terms(losses, names=names), policy="fair", warmup=2, every=1, **settings
     )
 
-    @jax.jit
-    def run(x):
-        def step(carry, late):
-            x, state = carry
-            gradient = jax.grad(lambda x: sum(losses(x, late).values()))(x)
-            updates, state = optimizer.update(gradient, state, x, term_args=(late,))
-            return (optax.apply_updates(x, updates), state), None
-
-        late = jnp.minimum(jnp.arange(800.0), 1)
-        return jax.lax.scan(step, (x, optimizer.init(x)), late)[0][1]
-
-    state = run(3 * jnp.ones(4))
+    late = jnp.minimum(jnp.arange(800.0), 1)
+    _, state = jax.jit(lambda x: trained(optimizer, losses, x, (late,)))(3 * jnp.ones(4))
     np.testing.assert_allclose(state.info.share, 1 / count, rtol=0.1)
     assert np.ptp(np.log(state.weights / state.first_weights)) > 1
 
@@ -370,28 +369,7 @@ def test_a_loss_that_is_small_at_first_does_not_keep_the_say():
 @pytest.mark.once
 def test_a_loss_at_its_optimum_from_the_start_moves_no_other():
     """Its second moments are 0, its price that over eps: shares would raise all others to it."""
-
-    def losses(params):
-        parts = network_losses(params["network"], jnp.ones(3))
-        return {"fit": parts["fit"], "stiff": parts["stiff"], "own": jnp.sum(params["own"] ** 2)}
-
-    names = ("fit", "stiff", "own")
-    optimizer = sg.small_gain(optax.adam(1e-3), sg.terms(losses, names=names), policy="fair")
-    keys = jax.random.split(jax.random.key(0))
-    network = {"in": jax.random.normal(keys[0], (1, 8)), "out": jax.random.normal(keys[1], (8,))}
-    params = {"network": network, "own": jnp.zeros(2)}
-
-    @jax.jit
-    def run(params):
-        def step(carry, _):
-            params, state = carry
-            gradient = jax.grad(lambda p: sum(losses(p).values()))(params)
-            updates, state = optimizer.update(gradient, state, params)
-            return (optax.apply_updates(params, updates), state), None
-
-        return jax.lax.scan(step, (params, optimizer.init(params)), length=400)[0][1]
-
-    state = run(params)
+    _, state = beside_its_own(2)(jnp.zeros(2))
     moved = state.weights / state.first_weights
     assert state.info.response[2] == 0
     assert moved[2] == 1
@@ -408,7 +386,7 @@ def test_a_response_is_the_derivative_of_a_share():
     at, slopes = rng.standard_normal(5), rng.uniform(0.1, 2, (2, 5))
     centres = at - np.linalg.solve(bends, slopes[:, :, None])[:, :, 0]
 
-    def losses(x):
+    def losses(x, index):
         parts = [(x - c) @ jnp.asarray(h) @ (x - c) / 2 for c, h in zip(centres, bends)]
         return dict(zip("ab", parts))
 
@@ -417,18 +395,8 @@ def test_a_response_is_the_derivative_of_a_share():
     settings = {"policy": "fair", "warmup": 0, "every": 1, "iterations": 400, "ema": 1e-9}
     optimizer = sg.small_gain(base, sg.terms(losses, names=("a", "b")), guard=None, **settings)
 
-    @jax.jit
-    def play(x, state):
-        def step(carry, _):
-            x, state = carry
-            gradient = jax.grad(lambda x: sum(losses(x).values()))(x)
-            updates, state = optimizer.update(gradient, state, x)
-            return (optax.apply_updates(x, updates), state), None
-
-        return jax.lax.scan(step, (x, state), length=60)[0][1]
-
-    x = jnp.asarray(at)
-    state = play(x, optimizer.init(x))
+    index = (jnp.arange(60),)
+    _, state = jax.jit(lambda x: trained(optimizer, losses, x, index))(jnp.asarray(at))
     weights = np.asarray(state.weights, float)
 
     def share(k, logs):
